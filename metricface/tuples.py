@@ -1,0 +1,167 @@
+"""Pairs and triplets of a batch as plain index tensors, exchangeable with pytorch-metric-learning's.
+
+Anchors index `embeddings`; positives and negatives index the reference rows (`ref_emb`, or `embeddings` themselves).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metricface.distances import full_precision, unit_rows
+
+
+class Triplets(NamedTuple):
+    """int64 (T,) each: anchor rows, positive and negative reference rows. PML's 3-tuple."""
+
+    anchor: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+class Pairs(NamedTuple):
+    """int64: (P,) anchors and references of the same identity, (N,) of different ones. PML's 4-tuple."""
+
+    positive_anchor: Tensor
+    positive: Tensor
+    negative_anchor: Tensor
+    negative: Tensor
+
+
+class Batch(NamedTuple):
+    """A validated batch. `self_index` is (B,): which reference row is the anchor itself, -1 for none."""
+
+    embeddings: Tensor  # (B, D)
+    labels: Tensor  # (B,)
+    ref_emb: Tensor  # (R, D)
+    ref_labels: Tensor  # (R,)
+    self_index: Tensor  # (B,)
+
+    def positive_mask(self, rows: slice = slice(None)) -> Tensor:
+        """(b, R) bool: same identity, and not the anchor itself; for the anchors in `rows`."""
+        same = self.labels[rows, None] == self.ref_labels[None, :]  # (b, 1) == (1, R)
+        itself = self.self_index[rows]
+        has_self = itself >= 0
+        same[has_self.nonzero()[:, 0], itself[has_self]] = False
+        return same
+
+    def negative_mask(self, rows: slice = slice(None)) -> Tensor:
+        """(b, R) bool: different identity; for the anchors in `rows`."""
+        return self.labels[rows, None] != self.ref_labels[None, :]
+
+
+def check_batch(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    self_index: Tensor | None = None,
+    *,
+    normalize: bool = False,
+) -> Batch:
+    """Validate what a miner or loss was given, and fill in what was left out.
+
+    embeddings: (B, D) floating; labels: (B,) of any integer type. Without `ref_emb` the references are the batch
+    itself and every anchor is its own reference row. With `ref_emb` (R, D) and `ref_labels` (R,), no anchor is among
+    the references unless `self_index` (B,) says at which row (-1: not there). normalize: scale rows to unit length.
+    Half-precision embeddings become float32. Raises ValueError for wrong shapes, types and ranges, and for NaN or
+    infinite values.
+    """
+    _check_rows(embeddings, labels, "embeddings", "labels")
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_emb and ref_labels belong together: pass both or neither.")
+    shared = ref_emb is None or ref_labels is None
+    if ref_emb is None or ref_labels is None:
+        ref_emb, ref_labels = embeddings, labels
+        itself = torch.arange(len(labels), device=labels.device)
+    else:
+        _check_rows(ref_emb, ref_labels, "ref_emb", "ref_labels")
+        if ref_emb.shape[1] != embeddings.shape[1]:
+            raise ValueError(f"ref_emb has {ref_emb.shape[1]} dimensions, embeddings have {embeddings.shape[1]}.")
+        itself = torch.full_like(labels, -1, dtype=torch.long)
+    if self_index is not None:
+        itself = _check_self_index(self_index, len(labels), len(ref_labels)).to(labels.device)
+    prepare = unit_rows if normalize else full_precision
+    queries = prepare(embeddings)
+    references = queries if shared else prepare(ref_emb)
+    return Batch(queries, labels, references, ref_labels, itself)
+
+
+def as_triplets(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor | None = None) -> Triplets:
+    """A miner's tuple as triplets: 3-tuples as they are, 4-tuples (pairs) joined on the anchor.
+
+    Every positive pair meets every negative pair of the same anchor, as in PML. Raises ValueError for other lengths
+    and for indices outside the batch.
+    """
+    _check_indices(indices_tuple, len(labels), len(labels if ref_labels is None else ref_labels))
+    if len(indices_tuple) == 3:
+        return Triplets(*indices_tuple)
+    anchor_p, positive, anchor_n, negative = indices_tuple
+    joined = (anchor_p[:, None] == anchor_n[None, :]).nonzero()  # (P, N) -> (T, 2)
+    return Triplets(anchor_p[joined[:, 0]], positive[joined[:, 0]], negative[joined[:, 1]])
+
+
+def as_pairs(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor | None = None) -> Pairs:
+    """A miner's tuple as pairs: 4-tuples as they are, triplets split in two (repetitions kept, as in PML)."""
+    _check_indices(indices_tuple, len(labels), len(labels if ref_labels is None else ref_labels))
+    if len(indices_tuple) == 4:
+        return Pairs(*indices_tuple)
+    anchor, positive, negative = indices_tuple
+    return Pairs(anchor, positive, anchor, negative)
+
+
+def all_pairs(batch: Batch) -> Pairs:
+    """Every ordered pair of a batch: all same-identity pairs (without the anchor itself) and all others."""
+    positive, negative = batch.positive_mask().nonzero(), batch.negative_mask().nonzero()
+    return Pairs(positive[:, 0], positive[:, 1], negative[:, 0], negative[:, 1])
+
+
+def _check_rows(embeddings: Tensor, labels: Tensor, emb_name: str, label_name: str) -> None:
+    if embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise ValueError(
+            f"{emb_name} must be floating (rows, dimensions); found {embeddings.dtype} {tuple(embeddings.shape)}."
+        )
+    if labels.ndim != 1 or len(labels) != len(embeddings):
+        raise ValueError(
+            f"{label_name} must be ({len(embeddings)},), one per row of {emb_name}; found {tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"{label_name} must be integers (float labels merge identities above 2^24); found {labels.dtype}."
+        )
+    finite = torch.isfinite(embeddings).all(dim=1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"{len(bad)} of {len(embeddings)} rows of {emb_name} hold NaN or infinity (first: row {bad[0]}). "
+            "Lower the learning rate, or look for a corrupt input image."
+        )
+
+
+def _check_self_index(self_index: Tensor, anchors: int, references: int) -> Tensor:
+    if self_index.shape != (anchors,) or self_index.is_floating_point():
+        raise ValueError(
+            f"self_index must be ({anchors},) integers, one per anchor; "
+            f"found {self_index.dtype} {tuple(self_index.shape)}."
+        )
+    if anchors and (int(self_index.min()) < -1 or int(self_index.max()) >= references):
+        raise ValueError(
+            f"self_index must lie in [-1, {references}): -1, or the anchor's own row among the references."
+        )
+    return self_index.long()
+
+
+def _check_indices(indices_tuple: Sequence[Tensor], anchors: int, references: int) -> None:
+    if len(indices_tuple) not in (3, 4):
+        raise ValueError(
+            f"indices_tuple must hold 3 (triplets) or 4 (pairs) index tensors; found {len(indices_tuple)}."
+        )
+    anchor_places = (0,) if len(indices_tuple) == 3 else (0, 2)
+    for place, indices in enumerate(indices_tuple):
+        limit = anchors if place in anchor_places else references
+        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= limit):
+            raise ValueError(
+                f"indices_tuple[{place}] must lie in [0, {limit}); found {int(indices.min())} to {int(indices.max())}. "
+                "Pass the loss the same embeddings and references that the miner saw."
+            )
