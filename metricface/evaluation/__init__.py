@@ -1,0 +1,1 @@
+"""Scores and embeddings to figures: verification and retrieval."""
