@@ -1,0 +1,108 @@
+"""Triplet loss, with a hinge or with the soft margin, on squared or plain distances."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metricface.distances import Distance
+from metricface.losses.gathering import distances_of
+from metricface.losses.reduction import check_choice, mean_over
+from metricface.losses.streaming import TripletSums, every_triplet
+from metricface.tuples import Batch, as_triplets, check_batch
+
+TripletReduction = Literal["mean", "active", "sum"]
+
+
+def triplet(d_ap: Tensor, d_an: Tensor, *, margin: float | Literal["soft"]) -> Tensor:
+    """Triplet loss of each triplet, unreduced.
+
+    d_ap, d_an: distances of the anchor to its positive and to its negative, of shapes that broadcast.
+    Returns [d_ap - d_an + margin]+, or softplus(d_ap - d_an), which has no margin, for "soft".
+    Sources: Schroff et al. 2015, FaceNet, eq. 3; Hermans, Beyer, Leibe 2017, In Defense of the Triplet Loss.
+    """
+    violation = d_ap - d_an
+    # softplus, not log(1 + exp(x)), which overflows in float16 from x = 11.
+    return F.softplus(violation) if margin == "soft" else (violation + margin).clamp_min(0.0)
+
+
+class TripletLoss(nn.Module):
+    """Triplet loss. The defaults are FaceNet's: margin 0.2 on squared distances of unit embeddings.
+
+    Hermans et al.: TripletLoss("soft", squared=False, normalize=False), or a margin in place of "soft".
+    Reduction: "mean" over all triplets given; "active" over those with loss > 0 (under "soft" that is every triplet;
+    for batch-all mining Hermans et al. need it, since the mean over all of them vanishes as training goes on); "sum".
+
+    pytorch-metric-learning's TripletMarginLoss differs in its defaults: margin 0.05, plain distances of unit
+    embeddings, mean over active triplets; its smooth_loss adds its margin inside the softplus.
+    """
+
+    def __init__(
+        self,
+        margin: float | Literal["soft"] = 0.2,
+        *,
+        squared: bool = True,
+        normalize: bool = True,
+        reduction: TripletReduction = "mean",
+    ) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, get_args(TripletReduction))
+        if isinstance(margin, str):
+            check_choice("margin", margin, ("soft",))
+        elif not margin >= 0:
+            raise ValueError(f'margin must be 0 or more, or "soft"; got {margin}.')
+        self.margin = margin
+        self.squared = squared
+        self.normalize = normalize
+        self.reduction = reduction
+
+    @property
+    def distance(self) -> Distance:
+        """The distance of the definition, by its name in metricface.distances."""
+        return "squared_euclidean" if self.squared else "euclidean"
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        self_index: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of a batch: a scalar in float32 (float64 for float64 embeddings).
+
+        embeddings: (B, D); labels: (B,) integers; indices_tuple: a miner's 3-tuple of triplets or 4-tuple of pairs
+        (joined on the anchor), None for every triplet, with positives and negatives from ref_emb (R, D) and ref_labels
+        (R,) where given. self_index: as the miners take it; matters only for None. No triplet at all: 0, with
+        gradient 0. Raises ValueError for malformed or non-finite input.
+        """
+        batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
+        if indices_tuple is None:
+            sums = every_triplet(batch, self.distance, self._loss)
+        else:
+            sums = self._given(batch, as_triplets(indices_tuple, labels, ref_labels))
+        if self.reduction == "sum":
+            return sums.total
+        # A softplus far below 0 rounds to 0 and is no less active for that.
+        only_active = self.reduction == "active" and self.margin != "soft"
+        return mean_over(sums.total, sums.active if only_active else sums.triplets)
+
+    def _loss(self, d_ap: Tensor, d_an: Tensor) -> Tensor:
+        return triplet(d_ap, d_an, margin=self.margin)
+
+    def _given(self, batch: Batch, triplets: Sequence[Tensor]) -> TripletSums:
+        anchor, positive, negative = triplets
+        d_ap = distances_of(batch, anchor, positive, self.distance)  # (T,)
+        d_an = distances_of(batch, anchor, negative, self.distance)  # (T,)
+        losses = self._loss(d_ap, d_an)
+        return TripletSums(losses.sum(), (losses > 0).sum(), losses.new_full((), len(losses), dtype=torch.long))
+
+    def extra_repr(self) -> str:
+        """Shown by print(loss)."""
+        return (
+            f"margin={self.margin!r}, squared={self.squared}, normalize={self.normalize}, reduction={self.reduction!r}"
+        )
