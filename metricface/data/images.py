@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Self, TypeVar, get_args
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ Pixels = NDArray[np.uint8]
 Indices = Sequence[int] | IntArray
 Progress = Callable[[int, int], None]
 Channels = Literal["rgb", "grey"]
+Batch = TypeVar("Batch")
 
 CHUNK = 64  # images a thread reads at once: large enough to amortise the hand-over, small enough for even progress
 
@@ -121,7 +122,7 @@ class UnreadableImageError(ValueError):
         )
 
 
-def keep(batch: ImageBatch) -> ImageBatch:
+def keep(batch: Batch) -> Batch:
     """The collate_fn for an ImageSet in torch's DataLoader: batches are fetched whole and need no collating."""
     return batch
 
