@@ -1,0 +1,178 @@
+"""What all samplers share: epochs, position, state, ranks."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from samplers.consumed import Consumed
+
+# Part of every state: a change of the order of batches must refuse old states rather than continue another plan.
+ORDER_VERSION = 1
+
+
+@dataclass
+class _Pass:
+    """One iteration over an epoch, or over what was left of it."""
+
+    epoch: int
+    first: int
+    consumed: Consumed
+
+    @property
+    def position(self) -> int:
+        return self.first + self.consumed.count()
+
+
+class EpochBatchSampler(Sampler[list[int]]):
+    """A batch sampler whose order depends on (seed, epoch) alone. Subclasses write `_batches`, and nothing else moves.
+
+    Epochs: an epoch is finished when training has received all its batches; the next iteration then serves the next
+    one. Once `set_epoch` was called the caller drives: a finished epoch is repeated until another is set. An epoch left
+    early (break) starts again from where it started.
+
+    State: `state_dict()` holds the epoch, the number of its batches that training received (also behind a DataLoader
+    with workers, where many more are prefetched), and what the plan depends on; not rank or world size, so that
+    another number of ranks can continue the same plan. After `load_state_dict` the next iteration serves what is left
+    of that epoch; `set_epoch` of that same epoch keeps the position, of another one forgets it.
+
+    `len()` is always the number of batches of a whole epoch, also when a resumed epoch has fewer left: schedules
+    count with it. A progress bar is `tqdm(loader, initial=sampler.position, total=len(sampler))`.
+
+    num_batches: batches of an epoch. plan: what the order depends on beside the epoch; whole numbers and strings.
+    Raises ValueError where world_size < 1 or rank is not in 0..world_size-1.
+    """
+
+    def __init__(self, num_batches: int, plan: Mapping[str, int | str], *, rank: int, world_size: int) -> None:
+        self.world_size = whole_number("world_size", world_size, least=1)
+        self.rank = whole_number("rank", rank, least=0)
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank={rank} is out of range: world_size={world_size} has ranks 0..{world_size - 1}.")
+        self._num_batches = num_batches
+        self._plan = {"sampler": type(self).__name__, "order": ORDER_VERSION, **plan}
+        self._start = (0, 0)  # (epoch, position) where the first pass starts
+        # The pass under way or just ended; more than one only where a wrapper repeats the sampler inside one
+        # iteration of a loader, which may then prefetch over the end of an epoch.
+        self._passes: list[_Pass] = []
+        self._driven = False
+
+    def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
+        """Yield batches `first`, `first + 1`, ... of an epoch, this rank's share; a function of these and the plan."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, whatever the position."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A generator: which epoch to serve is decided when the first batch is pulled, because torch's loader with
+        # workers asks for two iterators and drops the first.
+        served = self._begin()
+        for batch in self._batches(served.epoch, served.first):
+            served.consumed.pulled += 1
+            yield batch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch training is in; after a finished one the next, unless `set_epoch` is in use."""
+        return self._reached()[0]
+
+    @property
+    def position(self) -> int:
+        """Batches of that epoch which training has received."""
+        return self._reached()[1]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Serve this epoch from now on, again and again. Keeps the position if it is the one just loaded or under way.
+
+        Raises ValueError for a negative epoch. A loader that has started prefetching does not notice.
+        """
+        epoch = whole_number("epoch", epoch, least=0)
+        named, position = self._progress()
+        self._driven = True
+        ended = bool(self._passes) and position == len(self)
+        if epoch != named or ended:
+            self._start, self._passes = (epoch, 0), []
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"epoch", "position", "plan"}: plain numbers and strings, fit for JSON. See the class about its meaning."""
+        epoch, position = self._reached()
+        return {"epoch": epoch, "position": position, "plan": self._described_plan()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of a sampler with the same plan, on any rank and world size.
+
+        Raises ValueError, naming each difference, where the plan is another one or the state is not complete.
+        """
+        missing = [name for name in ("epoch", "position", "plan") if name not in state]
+        if missing:
+            raise ValueError(f"This is no state of {type(self).__name__}: {', '.join(missing)} missing.")
+        here, there = self._described_plan(), state["plan"]
+        differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        if differing:
+            told = "; ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r} here" for name in differing)
+            raise ValueError(
+                f"The state belongs to another plan: {told}. Build the sampler as it was, or start afresh."
+            )
+        epoch = whole_number("epoch", state["epoch"], least=0)
+        position = whole_number("position", state["position"], least=0)
+        if position > len(self):
+            raise ValueError(f"The state's position {position} lies beyond the {len(self)} batches of an epoch.")
+        self._start, self._passes = (epoch, position), []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (pickle, deepcopy) continues where training stands; loaders and half-used iterators stay behind.
+        return {**self.__dict__, "_start": self._progress(), "_passes": []}
+
+    def _described_plan(self) -> dict[str, int | str]:
+        """The plan with whatever is costly to work out; asked for only where a state is made or loaded."""
+        return dict(self._plan)
+
+    def _begin(self) -> _Pass:
+        last = self._passes[-1] if self._passes else None
+        consumed = Consumed(last.consumed if last else None)
+        if last and consumed.follows and last.first + last.consumed.pulled == len(self):
+            begun = _Pass(*self._after(last.epoch), consumed)
+            self._passes = [one for one in self._passes if one.position < len(self)] + [begun]
+        else:
+            begun = _Pass(*self._next_start(), consumed)
+            self._passes = [begun]
+        return begun
+
+    def _progress(self) -> tuple[int, int]:
+        """(epoch, batches of it that training received); a finished epoch stays (epoch, len)."""
+        for one in self._passes:
+            if one.position < len(self):
+                return one.epoch, one.position
+        return (self._passes[-1].epoch, len(self)) if self._passes else self._start
+
+    def _reached(self) -> tuple[int, int]:
+        """As _progress, but a finished epoch is the start of the next one where nobody drives.
+
+        Where somebody does, (epoch, len) is kept: loaded and set again, that epoch has nothing left to serve.
+        """
+        epoch, position = self._progress()
+        return self._after(epoch) if position == len(self) and not self._driven else (epoch, position)
+
+    def _next_start(self) -> tuple[int, int]:
+        """(epoch, first batch) of a pass that begins now."""
+        for one in self._passes:
+            if one.position < len(self):
+                return one.epoch, one.first
+        return self._after(self._passes[-1].epoch) if self._passes else self._reached()
+
+    def _after(self, epoch: int) -> tuple[int, int]:
+        return (epoch if self._driven else epoch + 1), 0
+
+
+def whole_number(name: str, value: int, *, least: int) -> int:
+    """`value` as an int (NumPy's too). Raises TypeError if it is none, ValueError if it is below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, found {value!r}.") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, found {number}.")
+    return number
