@@ -71,17 +71,20 @@ def check_batch(
     _check_rows(embeddings, labels, "embeddings", "labels")
     if (ref_emb is None) != (ref_labels is None):
         raise ValueError("ref_emb and ref_labels belong together: pass both or neither.")
+    device = embeddings.device  # labels may come straight from a loader, on the CPU
+    labels = labels.to(device)
     shared = ref_emb is None or ref_labels is None
     if ref_emb is None or ref_labels is None:
         ref_emb, ref_labels = embeddings, labels
-        itself = torch.arange(len(labels), device=labels.device)
+        itself = torch.arange(len(labels), device=device)
     else:
         _check_rows(ref_emb, ref_labels, "ref_emb", "ref_labels")
         if ref_emb.shape[1] != embeddings.shape[1]:
             raise ValueError(f"ref_emb has {ref_emb.shape[1]} dimensions, embeddings have {embeddings.shape[1]}.")
-        itself = torch.full_like(labels, -1, dtype=torch.long)
+        ref_labels = ref_labels.to(device)
+        itself = torch.full((len(labels),), -1, device=device)
     if self_index is not None:
-        itself = _check_self_index(self_index, len(labels), len(ref_labels)).to(labels.device)
+        itself = _check_self_index(self_index.to(device), labels, ref_labels)
     prepare = unit_rows if normalize else full_precision
     queries = prepare(embeddings)
     references = queries if shared else prepare(ref_emb)
@@ -139,7 +142,8 @@ def _check_rows(embeddings: Tensor, labels: Tensor, emb_name: str, label_name: s
         )
 
 
-def _check_self_index(self_index: Tensor, anchors: int, references: int) -> Tensor:
+def _check_self_index(self_index: Tensor, labels: Tensor, ref_labels: Tensor) -> Tensor:
+    anchors, references = len(labels), len(ref_labels)
     if self_index.shape != (anchors,) or self_index.is_floating_point():
         raise ValueError(
             f"self_index must be ({anchors},) integers, one per anchor; "
@@ -149,7 +153,16 @@ def _check_self_index(self_index: Tensor, anchors: int, references: int) -> Tens
         raise ValueError(
             f"self_index must lie in [-1, {references}): -1, or the anchor's own row among the references."
         )
-    return self_index.long()
+    self_index = self_index.long()
+    listed = (self_index >= 0).nonzero()[:, 0]
+    wrong = listed[labels[listed] != ref_labels[self_index[listed]]]
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"self_index names another identity for {len(wrong)} of {anchors} anchors (first: row {row}, "
+            f"label {int(labels[row])}, reference {int(self_index[row])}). Pass the row where the same image stands."
+        )
+    return self_index
 
 
 def _check_indices(indices_tuple: Sequence[Tensor], anchors: int, references: int) -> None:
