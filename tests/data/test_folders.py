@@ -52,9 +52,10 @@ def test_names_in_many_scripts_are_read_as_the_file_system_has_them(tmp_path: Pa
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("b/1.png", "b/2.png", "a/1.png", "c/d/1.png"):
+    for name in ("b/1.png", "b/2.png", "a/1.png", "a/d/1.png", "a-z/1.png"):
         write(tmp_path / name)
     usual = FolderImages(tmp_path, RGB)
+    assert usual.identities == ("a", "a-z", "a/d", "b")  # by the whole name, where a walk would give a, a/d, a-z
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: sorted(scandir(path), key=lambda e: e.name, reverse=True))
     assert FolderImages(tmp_path, RGB).keys == usual.keys
