@@ -78,7 +78,7 @@ def embedding_statistics(embeddings: Tensor) -> dict[str, Tensor]:
     cosines = (unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1) or torch.nan)
     return {
         "norm_mean": norms.mean(),
-        "norm_std": norms.std(correction=0),
+        "norm_std": (norms - norms.mean()).square().mean().sqrt(),
         "spread": 1.0 - mean.square().sum().sqrt(),
         "mean_cosine": cosines,
         "effective_dimensions": variance.square() / moments.square().sum(),

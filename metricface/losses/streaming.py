@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from metricface.distances import Distance, paired
+from metricface.distances import Distance, paired, without_autocast
 from metricface.losses.gathering import distance_matrix
 from metricface.tuples import Batch
 
@@ -31,7 +31,9 @@ def streamed(contribution: Callable[..., Sum], chunks: Sequence[Chunk], *tensors
     """Add up contribution(chunk, *tensors) over the chunks. Gradients (first order) flow to `tensors`."""
     # Asked here because inside a Function gradients are always off.
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
-    total, number = _Streamed.apply(contribution, chunks, wanted, *tensors)  # type: ignore[no-untyped-call]
+    # The gradient's products, too, run inside the forward pass here, where autocast would round them.
+    with without_autocast(tensors[0]):
+        total, number = _Streamed.apply(contribution, chunks, wanted, *tensors)  # type: ignore[no-untyped-call]
     return Sum(total, number)
 
 

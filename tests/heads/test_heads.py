@@ -1,0 +1,259 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses as pml
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metricface.heads import CosFace, Softmax
+from metricface.heads.base import Head
+from tests.vectors import case
+
+AM = case("B3.am_softmax")["inputs"]
+X = torch.tensor(AM["X"], dtype=torch.float64)
+LABELS = torch.tensor(AM["labels"])
+HEADS = pytest.mark.parametrize("kind", [Softmax, CosFace])
+
+
+def with_weight(head: Head, rows: Any) -> Head:
+    head.double()
+    with torch.no_grad():
+        head.weight.copy_(torch.as_tensor(rows))
+    return head
+
+
+def cross_entropy(logits: np.ndarray[Any, np.dtype[np.float64]], labels: list[int]) -> float:
+    return float(
+        np.mean([math.log(sum(math.exp(v) for v in row)) - row[y] for row, y in zip(logits, labels, strict=True)])
+    )
+
+
+@pytest.mark.parametrize("name", ["B3.am_softmax", "B3.cosface_64_0.4"])
+def test_cosface_has_the_published_values(name: str) -> None:
+    vector = case(name)
+    inputs = vector["inputs"]
+    head = with_weight(CosFace(3, 2, margin_cos=inputs["m"], scale=inputs["s"]), inputs["W_rows"])
+    loss = head(torch.tensor(inputs["X"], dtype=torch.float64), torch.tensor(inputs["labels"]))
+    assert loss.item() == pytest.approx(vector["expected"], abs=1e-6)
+
+
+def test_softmax_has_the_identification_values_of_deepid2() -> None:
+    vector = case("A1b.deepid2_joint")
+    inputs = vector["inputs"]
+    head = with_weight(Softmax(3, 2, bias=False), inputs["W_rows"])
+    for labels, name in ((inputs["labels_same"], "same"), (inputs["labels_diff"], "diff")):
+        mean = head(torch.tensor(inputs["f"], dtype=torch.float64), torch.tensor(labels)).item()
+        assert 2 * mean == pytest.approx(vector["expected"][name]["ident"], abs=1e-6)  # theirs: sum over the pair
+
+
+def test_softmax_is_linear_with_its_bias_on_raw_embeddings() -> None:
+    head = with_weight(Softmax(3, 2), AM["W_rows"])
+    assert isinstance(head, Softmax)
+    assert head.bias is not None
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([0.5, -1.0, 0.25]))
+    logits = np.array(AM["X"]) @ np.array(AM["W_rows"]).T + np.array([0.5, -1.0, 0.25])
+    assert head(X, LABELS).item() == pytest.approx(cross_entropy(logits, AM["labels"]), rel=1e-12)
+    assert torch.allclose(head.logits(X), torch.tensor(logits))
+
+
+def test_cosface_without_margin_is_softmax_over_scaled_cosines() -> None:
+    head = with_weight(CosFace(3, 2, margin_cos=0.0, scale=10.0), AM["W_rows"])
+    x, w = np.array(AM["X"]), np.array(AM["W_rows"])
+    cos = (x / np.linalg.norm(x, axis=1)[:, None]) @ (w / np.linalg.norm(w, axis=1)[:, None]).T
+    assert head(X, LABELS).item() == pytest.approx(cross_entropy(10 * cos, AM["labels"]), rel=1e-12)
+    assert torch.allclose(head.logits(X), torch.tensor(10 * cos))
+
+
+def test_logits_for_display_carry_no_margin_and_leave_the_loss_alone() -> None:
+    head = with_weight(CosFace(3, 2, margin_cos=0.4), AM["W_rows"])
+    before = head(X, LABELS).item()
+    free = with_weight(CosFace(3, 2, margin_cos=0.0), AM["W_rows"])
+    assert torch.equal(head.logits(X), free.logits(X))
+    assert head(X, LABELS).item() == before
+    assert torch.equal(head.logits(X).argmax(1), free.logits(X).argmax(1))
+
+
+def test_cosface_agrees_with_pmls_in_value_and_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(16, 8, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+    ours, theirs = CosFace(5, 8, margin_cos=0.35, scale=64.0), pml.CosFaceLoss(5, 8, margin=0.35, scale=64)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.W.T)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    mine, other = ours(a, labels), theirs(b, labels)
+    mine.backward()
+    other.backward()
+    assert mine.item() == pytest.approx(other.item(), rel=1e-5)
+    for left, right in ((a.grad, b.grad), (ours.weight.grad, theirs.W.grad.T)):
+        assert left is not None
+        assert right is not None
+        assert torch.allclose(left, right, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [Softmax(3, 2), Softmax(3, 2, bias=False), CosFace(3, 2, scale=5.0)], ids=repr)
+def test_gradient_is_that_of_finite_differences(head: Head) -> None:
+    with_weight(head, AM["W_rows"])
+    parameters = dict(head.named_parameters())
+
+    def value(x: Tensor, *values: Tensor) -> Tensor:
+        replaced = dict(zip(parameters, values, strict=True))
+        result = torch.func.functional_call(head, replaced, (x, LABELS))
+        assert isinstance(result, Tensor)
+        return result
+
+    inputs = (X, *parameters.values())
+    assert torch.autograd.gradcheck(value, tuple(t.detach().clone().requires_grad_() for t in inputs))
+
+
+@HEADS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_embeddings_are_computed_in_float32(kind: type[Head], dtype: torch.dtype) -> None:
+    head = kind(50, 512, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(16)
+    half = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    full = half.detach().float().requires_grad_()
+    value, expected = head(half, labels), head(full, labels)
+    value.backward()
+    expected.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert head.logits(half).dtype == torch.float32
+    assert half.grad is not None
+    assert full.grad is not None
+    assert half.grad.dtype == dtype
+    assert torch.allclose(half.grad.float(), full.grad, rtol=1e-2, atol=1e-6)
+    assert head.weight.dtype == torch.float32
+
+
+@HEADS
+def test_autocast_changes_neither_logits_nor_loss_nor_gradients(kind: type[Head]) -> None:
+    results = []
+    for enabled in (False, True):
+        head = kind(50, 512, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = head(x, torch.arange(16))
+            logits = head.logits(x)
+        value.backward()
+        assert head.weight.dtype == torch.float32
+        results.append([value.detach(), logits.detach(), x.grad, head.weight.grad])
+    for without, under in zip(*results, strict=True):
+        assert without is not None
+        assert under is not None
+        assert torch.equal(without, under)
+
+
+@HEADS
+@pytest.mark.parametrize("classes", [1, 2])
+def test_one_and_two_classes_work(kind: type[Head], classes: int) -> None:
+    head = kind(classes, 4)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    loss = head(x, torch.zeros(3, dtype=torch.long))
+    loss.backward()
+    assert x.grad is not None
+    assert torch.isfinite(loss)
+    if classes == 1:
+        assert loss.item() == 0.0
+        assert not x.grad.any()
+
+
+@pytest.mark.parametrize("degrees", [0.0, 180.0])
+def test_cosface_is_finite_where_an_embedding_lies_exactly_on_a_class_or_opposite(degrees: float) -> None:
+    head = with_weight(CosFace(2, 2), [[1.0, 0.0], [0.0, 1.0]]).float()
+    x = torch.tensor([[math.cos(math.radians(degrees)), 0.0]]).requires_grad_()
+    loss = head(x, torch.tensor([0]))
+    loss.backward()
+    assert x.grad is not None
+    assert torch.isfinite(loss)
+    assert torch.isfinite(x.grad).all()
+
+
+@HEADS
+def test_zero_embeddings_and_zero_weights_are_finite(kind: type[Head]) -> None:
+    head = kind(3, 4)
+    torch.nn.init.zeros_(head.weight)
+    x = torch.zeros(2, 4).requires_grad_()
+    loss = head(x, torch.tensor([0, 2]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    for tensor in (x, head.weight):
+        assert tensor.grad is not None
+        assert torch.isfinite(tensor.grad).all()
+
+
+@HEADS
+def test_an_empty_batch_is_zero_with_zero_gradient(kind: type[Head]) -> None:
+    head = kind(3, 4)
+    loss = head(torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert head.weight.grad is not None
+    assert not head.weight.grad.any()
+
+
+@HEADS
+def test_labels_that_are_no_classes_of_the_head_are_refused_by_name(kind: type[Head]) -> None:
+    head, x = kind(3, 4), torch.ones(2, 4)
+    for labels in ([0, 3], [-1, 0]):
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\); found"):
+            head(x, torch.tensor(labels))
+    for wrong in (torch.tensor([0.0, 1.0]), torch.tensor([True, False])):
+        with pytest.raises(ValueError, match="labels must be integers"):
+            head(x, wrong)
+    with pytest.raises(ValueError, match=r"labels must be \(2,\)"):
+        head(x, torch.tensor([0]))
+    assert head(x, torch.tensor([0, 2], dtype=torch.int32)).item() == head(x, torch.tensor([0, 2])).item()
+
+
+@HEADS
+def test_wrong_sizes_and_values_are_refused_by_name(kind: type[Head]) -> None:
+    for classes, dim in ((0, 4), (3, 0), (-1, 4)):
+        with pytest.raises(ValueError, match="needs at least 1 class and 1 dimension"):
+            kind(classes, dim)
+    head = kind(3, 4)
+    with pytest.raises(ValueError, match=r"floating \(batch, 4\)"):
+        head(torch.ones(2, 5), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        head(torch.full((2, 4), torch.nan), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="scale above 0"):
+        CosFace(3, 4, scale=0.0)
+    with pytest.raises(ValueError, match=r"margin_cos must lie in \[0, 2\)"):
+        CosFace(3, 4, margin_cos=-0.1)
+
+
+@HEADS
+def test_weights_come_from_the_generator_and_the_first_loss_is_that_of_guessing(kind: type[Head]) -> None:
+    one, two = (kind(100, 64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one.weight, two.weight)
+    assert one.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(6))
+    if kind is Softmax:
+        assert one(x, torch.arange(32)).item() == pytest.approx(math.log(100), rel=0.01)
+
+
+class WideTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that make a tensor as large as the logits."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers, self.made = numbers, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() == self.numbers:
+            self.made.add(result.untyped_storage().data_ptr())
+        return result
+
+
+def test_cosface_makes_no_more_tensors_of_the_size_of_the_logits_than_softmax() -> None:
+    made = []
+    for kind in (Softmax, CosFace):
+        head, x = kind(1000, 8), torch.randn(16, 8, generator=torch.Generator().manual_seed(7))
+        with WideTensors(16 * 1000) as wide:
+            head(x, torch.arange(16))
+        made.append(len(wide.made))
+    assert made == [2, 2]  # the logits and their log-softmax

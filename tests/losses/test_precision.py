@@ -1,0 +1,116 @@
+"""Half precision, autocast, and distances that cancel: every loss, with and without a tuple."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metricface.distances import Distance
+from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss, gathering
+from metricface.losses.gathering import distance_matrix, distances_of
+from metricface.tuples import check_batch
+from tests.losses import oracles
+
+LABELS = torch.arange(16) // 4
+ALL = tuple(torch.tensor(oracles.all_triplets(LABELS.tolist())).unbind(1))
+LOSSES: list[Callable[[], nn.Module]] = [
+    ContrastiveLoss,
+    TripletLoss,
+    lambda: TripletLoss("soft", squared=False, normalize=False),
+    lambda: MarginBasedLoss(4),
+]
+EVERY_LOSS = pytest.mark.parametrize("make", LOSSES, ids=["contrastive", "facenet", "hermans", "margin based"])
+BOTH = pytest.mark.parametrize("indices", [None, ALL], ids=["streamed", "given"])
+
+
+def batch(dim: int = 512) -> Tensor:
+    return torch.randn(16, dim, generator=torch.Generator().manual_seed(6))
+
+
+@EVERY_LOSS
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_embeddings_give_a_float32_loss_and_a_gradient_of_their_own_type(
+    make: Callable[[], nn.Module], indices: tuple[Tensor, ...] | None, dtype: torch.dtype
+) -> None:
+    half = batch().to(dtype).requires_grad_()
+    full = half.detach().float().requires_grad_()
+    loss = make()
+    value, expected = loss(half, LABELS, indices), loss(full, LABELS, indices)
+    value.backward()
+    expected.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert half.grad is not None
+    assert full.grad is not None
+    assert half.grad.dtype == dtype
+    assert torch.allclose(half.grad.float(), full.grad, rtol=1e-2, atol=1e-6)
+
+
+@EVERY_LOSS
+@BOTH
+def test_autocast_changes_neither_loss_nor_gradient(
+    make: Callable[[], nn.Module], indices: tuple[Tensor, ...] | None
+) -> None:
+    results = []
+    for enabled in (False, True):
+        x = batch().requires_grad_()
+        loss = make()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = loss(x, LABELS, indices)
+        value.backward()
+        assert value.dtype == torch.float32
+        results.append((value.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] is not None
+    assert results[1][1] is not None
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@EVERY_LOSS
+@BOTH
+def test_zero_embeddings_stay_finite(make: Callable[[], nn.Module], indices: tuple[Tensor, ...] | None) -> None:
+    x = torch.zeros(16, 8).requires_grad_()
+    value = make()(x, LABELS, indices)
+    value.backward()
+    assert torch.isfinite(value)
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean"])
+def test_a_batch_close_together_far_from_the_origin_keeps_its_distances(distance: Distance) -> None:
+    x = batch() * 1e-3 + 7.0
+    exact = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exact = exact.square() if distance == "squared_euclidean" else exact
+    assert torch.allclose(distance_matrix(x, x, distance).double(), exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
+def test_many_named_pairs_are_read_from_a_matrix_with_the_same_result(
+    distance: Distance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchor, positive, _ = ALL
+    results = []
+    for small in (1 << 24, 0):
+        monkeypatch.setattr(gathering, "SMALL", small)
+        x = (batch(32) / 6).requires_grad_()
+        dist = distances_of(check_batch(x, LABELS), anchor, positive, distance)
+        dist.sin().sum().backward()  # type: ignore[no-untyped-call]
+        results.append((dist.detach(), x.grad))
+    assert len(anchor) * 32 > 16 * 16  # so that SMALL = 0 takes the matrix
+    assert not torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert results[0][1] is not None
+    assert results[1][1] is not None
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_duplicates_are_at_distance_exactly_zero_in_a_matrix() -> None:
+    x = torch.nn.functional.normalize(batch(), dim=1)
+    x = torch.cat([x, x])
+    dist = distance_matrix(x, x, "euclidean")
+    assert torch.equal(dist.diagonal(), torch.zeros(32))
+    assert torch.equal(dist.diagonal(16), torch.zeros(16))
+    assert int((dist == 0).sum()) == 64
