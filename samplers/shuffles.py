@@ -56,7 +56,6 @@ def _shuffled(place: Words, size: Words, key: Words) -> NDArray[np.int64]:
         found[walking] = _feistel(found[walking], side[walking], key[walking])
         walking = walking[found[walking] >= size[walking]]
     # A random turn on top makes each single place exactly uniform, also where the network is only a few bits wide.
-    turned: Words = key ^ _GOLDEN
     found += _scaled(_mixed(key ^ _GOLDEN), size)
     found -= size * (found >= size)
     return found.astype(np.int64)

@@ -122,8 +122,7 @@ def test_wrapped_samplers_count_and_advance_as_bare_ones(options: dict[str, Any]
 
 
 @each_loader
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("left_after", [1, 7, 9])
+@pytest.mark.parametrize(("wrapped", "left_after"), [(False, 1), (False, 9), (True, 7)])
 def test_an_epoch_left_early_starts_again(options: dict[str, Any], wrapped: bool, left_after: int) -> None:
     sampler = make()
     loader = loader_of(Sharded(sampler) if wrapped else sampler, **options)
@@ -135,7 +134,7 @@ def test_an_epoch_left_early_starts_again(options: dict[str, Any], wrapped: bool
 
 
 @each_loader
-@pytest.mark.parametrize("left_after", [1, 4, 9])
+@pytest.mark.parametrize("left_after", [1, 9])
 def test_the_count_outlives_the_loader(options: dict[str, Any], left_after: int) -> None:
     sampler = make()
     loader = loader_of(sampler, **options)
@@ -171,6 +170,16 @@ def test_the_sampler_does_not_keep_a_loaders_iterator_alive() -> None:
     assert where(sampler) == (0, 1)
 
 
+def test_the_sampler_keeps_nothing_of_a_loader_that_is_gone() -> None:
+    sampler, dataset = make(), Numbers(100)
+    iterator = iter(DataLoader(dataset, batch_sampler=sampler))
+    next(iterator)
+    ref = weakref.ref(dataset)
+    del iterator, dataset
+    assert ref() is None
+    assert where(sampler) == (0, 1)
+
+
 @pytest.mark.parametrize("options", LOADERS[:3], ids=str)
 @pytest.mark.parametrize("batches", [2, 10])
 def test_a_wrapper_that_repeats_for_ever_is_followed_over_the_ends_of_epochs(
@@ -200,7 +209,7 @@ def test_iterators_that_are_made_and_dropped_change_nothing() -> None:
 
 
 @each_loader
-@pytest.mark.parametrize("stop", [0, 1, 5, 9, 10, 13])
+@pytest.mark.parametrize("stop", [5, 10, 19])
 def test_a_resumed_run_sees_exactly_the_batches_the_uninterrupted_one_would(options: dict[str, Any], stop: int) -> None:
     straight = make()
     plan = [batch for _ in range(3) for batch in straight]
