@@ -78,7 +78,7 @@ def test_a_gradient_reaches_every_parameter(name: str, activation: str) -> None:
         assert float(parameter.grad.abs().max()) > 0, label
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "prelu", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "prelu"])
 def test_the_gradient_is_that_of_finite_differences(activation: str) -> None:
     torch.manual_seed(1)
     made = network(size=(1, 17, 17), dim=3, stem=2, widths=[3], units=[1], activation=activation).double()
