@@ -55,11 +55,13 @@ class Canvas:
         angle_rad: Floats,
         *,
         margin: Floats | None = None,
+        soft_tips: bool = False,
         only: Mask | None = None,
     ) -> Patch | None:
         """The box of pixels around shapes at (x, y), all (n,) and in pixels; None where nothing of them is in sight.
 
         margin: (n,) pixels by which a bent shape leaves the box of its half axes.
+        soft_tips: for `disc` and `block`, whose edge is softer, and so wider, where they are pointed.
         only: (n,) the pictures that have this shape at all.
         """
         members: NDArray[np.int64] | None = None
@@ -75,6 +77,10 @@ class Canvas:
         sin: Floats = np.sin(angle_rad)
         wide = np.abs(half_p * cos) + np.abs(half_q * sin)
         high = np.abs(half_p * sin) + np.abs(half_q * cos)
+        if soft_tips:
+            # disc: opacity ends where p^2 = 1 + 1 / the shorter half axis; block ends nearer.
+            tips = np.sqrt(1 + 1 / np.minimum(half_p, half_q))
+            wide, high = wide * tips, high * tips
         if margin is not None:
             wide, high = wide + margin, high + margin
         columns = _span(x - wide, x + wide, len(self._x))

@@ -52,15 +52,15 @@ class Easel:
         half_y: Number,
         *,
         tilt_rad: Number = 0.0,
-        bend: Floats | None = None,
+        margin: Floats | None = None,
+        soft_tips: bool = False,
         only: Mask | None = None,
     ) -> Patch | None:
-        """Where a shape with these half axes around `spot` is seen; bend in pixels; None where nowhere."""
+        """Where a shape with these half axes around `spot` is seen, None where nowhere; the rest as in Canvas.patch."""
         unit = self.head.unit
         wide, high = self.each(half_x) * unit * spot.wide, self.each(half_y) * unit * spot.high
         angle = self.head.roll + self.each(tilt_rad)
-        margin = None if bend is None else np.abs(bend)
-        return self.canvas.patch(spot.x, spot.y, wide, high, angle, margin=margin, only=only)
+        return self.canvas.patch(spot.x, spot.y, wide, high, angle, margin=margin, soft_tips=soft_tips, only=only)
 
     def blend(self, patch: Patch | None, alpha: Floats, colour: Floats, opacity: Number = 1.0) -> None:
         """Paint with opacity alpha (m, h, w), scaled by one number for each picture."""
@@ -88,7 +88,7 @@ class Easel:
         only: Mask | None = None,
     ) -> None:
         """An ellipse."""
-        patch = self.patch(spot, half_x, half_y, tilt_rad=tilt_rad, only=only)
+        patch = self.patch(spot, half_x, half_y, tilt_rad=tilt_rad, soft_tips=True, only=only)
         if patch is not None:
             self.blend(patch, disc(patch), colour, opacity)
 
@@ -104,7 +104,7 @@ class Easel:
         only: Mask | None = None,
     ) -> None:
         """A box with round corners."""
-        patch = self.patch(spot, half_x, half_y, tilt_rad=tilt_rad, only=only)
+        patch = self.patch(spot, half_x, half_y, tilt_rad=tilt_rad, soft_tips=True, only=only)
         if patch is not None:
             self.blend(patch, block(patch), colour, opacity)
 
@@ -122,6 +122,6 @@ class Easel:
     ) -> None:
         """A brush stroke whose middle lies `rise` above its ends."""
         bend = self.each(rise) * self.head.unit * spot.high
-        patch = self.patch(spot, half_x, thick, tilt_rad=tilt_rad, bend=bend, only=only)
+        patch = self.patch(spot, half_x, thick, tilt_rad=tilt_rad, margin=np.abs(bend), only=only)
         if patch is not None:
             self.blend(patch, stroke(patch, bend), colour, opacity)

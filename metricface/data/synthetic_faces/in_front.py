@@ -1,5 +1,7 @@
 """Things that come between a face and the camera: glasses, sunglasses, mask, hand, bar, hat."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from metricface.data.synthetic_faces.canvas import block
@@ -51,19 +53,16 @@ def _glasses(
     for side in (-1.0, 1.0):
         spot = easel.on_face(np.float32(side) * who.eye_distance, who.eye_height + np.float32(0.02), 0.06)
         easel.block(spot, half_x, half_y, easel.tone(0.05, 0.05, 0.06), only=dark)
-        patch = easel.patch(spot, half_x, half_y, only=worn)
+        patch = easel.patch(spot, half_x, half_y, soft_tips=True, only=worn)
         if patch is None:
             continue
-        outer = block(patch)
         # A ring: the rounded box less a smaller one of the same centre.
-        wide, high = easel.each(half_x) - thin * 2, half_y - thin * 2
-        inner = easel.patch(spot, wide, high, only=worn)
-        if inner is not None:
-            whole = np.zeros_like(outer)
-            rows = slice(inner.rows.start - patch.rows.start, inner.rows.stop - patch.rows.start)
-            columns = slice(inner.columns.start - patch.columns.start, inner.columns.stop - patch.columns.start)
-            whole[:, rows, columns] = block(inner)
-            outer -= whole
-            np.maximum(outer, np.float32(0), out=outer)
-        easel.canvas.blend(patch, outer, rim)
+        part_x, part_y = patch.of(1 - 2 * thin / half_x), patch.of(1 - 2 * thin / half_y)
+        inside = replace(
+            patch, p=patch.p / part_x, q=patch.q / part_y, half_p=patch.half_p * part_x, half_q=patch.half_q * part_y
+        )
+        ring = block(patch)
+        ring -= block(inside)
+        np.maximum(ring, np.float32(0), out=ring)
+        easel.canvas.blend(patch, ring, rim)
     easel.stroke(easel.on_face(0.0, who.eye_height, 0.12), 0.12, thin, rim, rise=0.03, only=worn)

@@ -76,7 +76,9 @@ def paint_head(easel: Easel) -> None:
         )
     half_x = who.face_width * (_ONE + np.float32(0.10) * turned)
     half_y = _ONE - np.float32(0.12) * np.abs(how.pitch_rad)
-    patch = easel.patch(easel.at(0.0, 0.0, 0.06), half_x, half_y)
+    # A strong taper makes the temples, and a turned head the chin, stand out of the half axes.
+    margin = easel.head.unit * half_x * (np.float32(0.15) + np.float32(0.3) * np.abs(np.sin(how.yaw_rad)))
+    patch = easel.patch(easel.at(0.0, 0.0, 0.06), half_x, half_y, margin=margin, soft_tips=True)
     if patch is not None:
         _outline(easel, patch, half_x)
     for side in (-1.0, 1.0):
@@ -150,7 +152,11 @@ def paint_hair(easel: Easel) -> None:
     bottom = np.float32(0.55)
     half = (bottom - cut.top) * np.float32(0.5)
     patch = easel.patch(
-        easel.at(0.0, (bottom + cut.top) * np.float32(0.5), -0.04), cut.half_width, half, only=cut.present > 0
+        easel.at(0.0, (bottom + cut.top) * np.float32(0.5), -0.04),
+        cut.half_width,
+        half,
+        soft_tips=True,
+        only=cut.present > 0,
     )
     if patch is None:
         return
