@@ -95,6 +95,12 @@ def test_many_triplets_are_measured_from_all_distances_with_the_same_result() ->
         assert many[name].item() == pytest.approx(few[name].item(), rel=1e-5)
 
 
+def test_anchors_are_counted_once_and_positives_not_at_all() -> None:
+    triplets = (torch.tensor([0, 0, 0]), torch.tensor([1, 2, 1]), torch.tensor([3, 3, 4]))
+    found = as_floats(mining_statistics(U6, LABELS, triplets, margin=0.2, distance="cosine"))
+    assert (found["triplets"], found["anchors"], found["anchor_share"]) == (3, 1, pytest.approx(1 / 6))
+
+
 def test_no_triplets_give_counts_of_zero_and_shares_that_are_not_numbers() -> None:
     empty = (torch.empty(0, dtype=torch.long),) * 3
     found = as_floats(mining_statistics(U6, LABELS, empty, margin=0.2, distance="euclidean"))
@@ -135,7 +141,8 @@ def test_effective_dimensions_count_directions_of_equal_variance_in_both_shapes(
 
 
 def test_a_collapsed_batch_shows_and_odd_sizes_do_not_fail() -> None:
-    found = as_floats(embedding_statistics(torch.full((8, 64), 0.3)))
+    one = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    found = as_floats(embedding_statistics(one.repeat(7, 1)))  # the mean of seven equal rows is not quite that row
     assert found["spread"] == pytest.approx(0, abs=1e-6)
     assert found["mean_cosine"] == pytest.approx(1, abs=1e-6)
     assert math.isnan(found["effective_dimensions"])

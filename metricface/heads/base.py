@@ -37,7 +37,7 @@ class Head(nn.Module, ABC):
         Raises ValueError for other shapes, types and ranges, and for NaN or infinite embeddings.
         """
         self._check_embeddings(embeddings)
-        labels = self._check_labels(labels, len(embeddings))
+        labels = self._check_labels(labels, len(embeddings)).to(embeddings.device)  # from a loader: on the CPU
         with without_autocast(embeddings):
             logits = self._training_logits(self._prepare(embeddings), labels)
             return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))

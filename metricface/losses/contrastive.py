@@ -68,7 +68,7 @@ class ContrastiveLoss(nn.Module):
         if indices_tuple is None:
             total, number = self._every_pair(batch)
         else:
-            pairs = as_pairs(indices_tuple, labels, ref_labels)
+            pairs = as_pairs(indices_tuple, batch.labels, batch.ref_labels)
             anchors = torch.cat([pairs.positive_anchor, pairs.negative_anchor])
             references = torch.cat([pairs.positive, pairs.negative])
             same = torch.arange(len(anchors), device=anchors.device) < len(pairs.positive)

@@ -79,10 +79,10 @@ class MarginBasedLoss(nn.Module):
         Raises ValueError for malformed or non-finite input and for labels without a beta.
         """
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=True)
-        beta = self._beta_of(labels).to(batch.embeddings.dtype)  # (B,)
+        beta = self._beta_of(batch.labels).to(batch.embeddings.dtype)  # (B,)
         if indices_tuple is None:
             return mean_over(*self._every_triplet(batch, beta))
-        return mean_over(*self._given(batch, beta, as_triplets(indices_tuple, labels, ref_labels)))
+        return mean_over(*self._given(batch, beta, as_triplets(indices_tuple, batch.labels, batch.ref_labels)))
 
     def _beta_of(self, labels: Tensor) -> Tensor:
         if self.beta.ndim == 0:

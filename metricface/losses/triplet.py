@@ -84,7 +84,7 @@ class TripletLoss(nn.Module):
         if indices_tuple is None:
             sums = every_triplet(batch, self.distance, self._loss)
         else:
-            sums = self._given(batch, as_triplets(indices_tuple, labels, ref_labels))
+            sums = self._given(batch, as_triplets(indices_tuple, batch.labels, batch.ref_labels))
         if self.reduction == "sum":
             return sums.total
         # A softplus far below 0 rounds to 0 and is no less active for that.

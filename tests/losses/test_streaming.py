@@ -75,6 +75,15 @@ def test_evaluation_without_gradients_works(make: Callable[[], nn.Module]) -> No
     assert value.item() == loss(x.requires_grad_(), labels).item()
 
 
+def test_no_gradient_is_computed_where_none_can_be_asked_for() -> None:
+    def contribution(_: int, x: Tensor) -> Sum:
+        assert not x.requires_grad
+        return Sum(x.sum(), torch.tensor(1))
+
+    with torch.no_grad():
+        assert streamed(contribution, [0], torch.ones(3).requires_grad_()).total.item() == 3
+
+
 def test_only_the_inputs_that_ask_for_a_gradient_get_one() -> None:
     x = torch.arange(3.0).requires_grad_()
     fixed = torch.ones(3)

@@ -41,6 +41,11 @@ def test_defaults_are_facenets_on_its_published_triplets() -> None:
     assert TripletLoss()(3 * X6, LABELS, given).item() == pytest.approx(expected["mean"], abs=1e-6)
 
 
+def test_defaults_square_the_distance() -> None:
+    hard = as_tuple([(0, 2, 1)])  # squared distances 0.8 and 0.4 on the unit circle
+    assert TripletLoss()(X6, LABELS, hard).item() == pytest.approx(0.8 - 0.4 + 0.2, abs=1e-6)
+
+
 @pytest.mark.parametrize("indices", [None, ALL], ids=["streamed", "given"])
 def test_batch_all_has_the_values_of_hermans_under_each_meaning_of_mean(indices: Triplets | None) -> None:
     expected, margin = HERMANS["expected"], HERMANS["inputs"]["margin"]
@@ -79,6 +84,12 @@ def test_soft_margin_neither_overflows_nor_loses_its_gradient_far_out() -> None:
     assert losses.tolist() == [0.0, 500.0]
     assert d_ap.grad is not None
     assert d_ap.grad.tolist() == [0.0, 1.0]
+
+
+def test_soft_triplets_whose_loss_rounds_to_zero_are_still_active() -> None:
+    x, labels = torch.tensor([[0.0], [0.0], [500.0]]), torch.tensor([0, 0, 1])
+    given = as_tuple([(0, 1, 2), (0, 2, 1)])  # losses 0 and 500
+    assert TripletLoss("soft", reduction="active", **PLAIN)(x, labels, given).item() == 250
 
 
 @pytest.mark.parametrize("squared", [True, False])
