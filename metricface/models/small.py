@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from metricface.models.blocks import Project, Residual, check_size, checked_activation, convolve, halved, initialise
 
-STEM = 24
-WIDTHS = (48, 96, 192)
+STEM = 16
+WIDTHS = (32, 64, 128)
 UNITS = (1, 1, 1)
 
 

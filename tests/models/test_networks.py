@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metricface.models import Blueprint, blueprint_of, build
-from metricface.models.blocks import halved
+from metricface.models.blocks import Residual, halved
 
 NAMES = ("small", "sphereface20")
 SIZES = [(1, 105, 105), (3, 112, 96), (3, 56, 56), (1, 92, 112), (3, 17, 17), (1, 33, 40)]
@@ -63,6 +63,14 @@ def test_sphereface20_keeps_the_shapes_of_its_stages() -> None:
         stage.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
     made(torch.randn(2, 3, 112, 96))
     assert shapes == [(64, 56, 48), (128, 28, 24), (256, 14, 12), (512, 7, 6)]
+
+
+def test_a_residual_unit_that_changes_nothing_hands_its_input_on() -> None:
+    unit = Residual(4, "relu")
+    for parameter in unit.second.parameters():
+        nn.init.zeros_(parameter)
+    images = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(unit(images), images)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,6 +146,7 @@ def test_images_too_small_are_refused_with_the_least_size(name: str, size: tuple
         ({"dropout": 1.0}, "dropout is a share"),
         ({"widths": [8, 8], "units": [1]}, "as many units as widths"),
         ({"widths": [], "units": []}, "at least one"),
+        ({"units": [1, -1, 1]}, "got stem 16"),
         ({"widths": [0, 8, 8]}, "positive widths"),
     ],
 )
