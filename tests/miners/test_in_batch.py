@@ -370,6 +370,12 @@ def test_batch_hard_never_picks_the_anchor_as_its_own_positive_when_images_are_d
     assert rows(BatchHardMiner()(x, torch.tensor([0, 0, 1, 1]))) == [(0, 1, 2), (1, 0, 2), (2, 3, 0), (3, 2, 0)]
 
 
+def test_duplicates_as_positives_keep_their_window_when_their_distance_is_rounded_below_zero() -> None:
+    x, labels = unit_rows(torch.randn(60, 512, generator=seeded())).repeat_interleave(2, 0), torch.arange(120) // 2
+    assert (2 - 2 * x @ x.T).min() < 0
+    assert len(rows(SemiHardMiner(1.5, distance="euclidean")(x, labels))) == 120
+
+
 def test_a_collapsed_batch_has_no_semi_hard_negative_and_the_fallback_still_gives_every_pair() -> None:
     x, labels = torch.ones(12, 8), torch.arange(12) // 3
     assert rows(SemiHardMiner()(x, labels)) == []
