@@ -25,7 +25,7 @@ BLOCK = 64
 CPU_TILE = 1 << 19
 GPU_TILE = 1 << 26
 # Fewer rows than this make the matrix product slow, however many columns there are.
-FEWEST_ROWS = 32
+FEWEST_ROWS = 64
 
 # The same number of bits as an integer. Of non-negative floats these are ordered as the floats are.
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
