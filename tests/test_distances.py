@@ -41,7 +41,7 @@ def test_no_pairs_give_an_empty_result_that_still_has_a_gradient(distance: Dista
     x = rows(0, 0, 8).requires_grad_()
     found = paired(x, x, distance)
     assert found.shape == (0,)
-    found.sum().backward()
+    found.sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
 
 
@@ -56,7 +56,7 @@ def test_identical_rows_are_at_distance_zero_with_gradient_zero() -> None:
 @EVERY_DISTANCE
 def test_gradients_are_finite_between_duplicates_and_zero_rows(distance: Distance) -> None:
     x = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [0.0, 0.0]], requires_grad=True)
-    (pairwise(x, x, distance).sum() + paired(x, x.flip(0), distance).sum()).backward()
+    (pairwise(x, x, distance).sum() + paired(x, x.flip(0), distance).sum()).backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
 
@@ -76,7 +76,7 @@ def test_unit_rows_have_length_one_and_a_zero_row_stays_zero_with_gradient_zero(
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     unit = unit_rows(x)
     torch.testing.assert_close(unit.detach(), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
-    (unit * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    (unit * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
     assert x.grad[1].tolist() == [0.0, 0.0]

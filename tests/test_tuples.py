@@ -124,7 +124,7 @@ def test_what_does_not_fit_together_is_an_error_that_says_what_was_found(
     change: dict[str, Tensor], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        check_batch(**{"embeddings": EMB, "labels": LABELS, **change})
+        check_batch(**{"embeddings": EMB, "labels": LABELS, **change})  # type: ignore[arg-type]
 
 
 def test_empty_batches_and_empty_references_are_allowed() -> None:
