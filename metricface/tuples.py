@@ -101,8 +101,14 @@ def as_triplets(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Ten
     if len(indices_tuple) == 3:
         return Triplets(*indices_tuple)
     anchor_p, positive, anchor_n, negative = indices_tuple
-    joined = (anchor_p[:, None] == anchor_n[None, :]).nonzero()  # (P, N) -> (T, 2)
-    return Triplets(anchor_p[joined[:, 0]], positive[joined[:, 0]], negative[joined[:, 1]])
+    # Negatives sorted by anchor, so that each positive pair reads one run of them: no (P, N) table of comparisons.
+    by_anchor = anchor_n.argsort(stable=True)
+    runs = torch.bincount(anchor_n, minlength=len(labels))  # (B,) negative pairs of each anchor
+    counts = runs[anchor_p]  # (P,)
+    pair = torch.arange(len(anchor_p), device=anchor_p.device).repeat_interleave(counts)  # (T,)
+    within = torch.arange(len(pair), device=pair.device) - (counts.cumsum(0) - counts)[pair]
+    first = (runs.cumsum(0) - runs)[anchor_p]
+    return Triplets(anchor_p[pair], positive[pair], negative[by_anchor[first[pair] + within]])
 
 
 def as_pairs(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor | None = None) -> Pairs:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What each part of metricface may import of our own. A longer name wins over a shorter one; `samplers` is its own floor.
+# What each part may import of our own; a longer name wins over a shorter one. `samplers` is a floor of its own.
 FLOOR_0 = {"metricface.distances", "metricface.tuples"}
 DATA = {"metricface.data"}
 MAY_IMPORT: dict[str, set[str]] = {

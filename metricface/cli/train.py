@@ -1,0 +1,63 @@
+"""`metricface-train`: from a recipe to a trained embedder and its figures."""
+
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from metricface.cli.arguments import parse
+from metricface.training.interrupt import StopRequest
+from metricface.training.loop import EXPORT, REPORT, Run, train
+from metricface.training.report import table
+from metricface.training.stages import TrainingDivergedError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program. Returns 0; 1 where the run failed; 2 for wrong arguments; 130 where it was interrupted."""
+    command = parse(sys.argv[1:] if argv is None else argv)
+    say = tqdm.write  # prints above a progress bar, not through it
+    say(f"run        {command.folder}")
+    with StopRequest(say) as stopped:
+        try:
+            run = train(command.recipe, command.folder, resume=command.resume, stopped=stopped, say=say)
+        except (ValueError, OSError, TrainingDivergedError) as error:
+            print(f"metricface-train: {error}", file=sys.stderr)
+            return 1
+    if run.interrupted:
+        say(f"Interrupted; everything is saved. Go on with: metricface-train --resume {run.folder}")
+        return INTERRUPTED
+    say("\n" + _summary(run))
+    return 0
+
+
+def _summary(run: Run) -> str:
+    rows = [
+        (moment.when if moment.kept else f"({moment.when})", people, figures)
+        for people in ("validation", "test")
+        for moment in run.history
+        for figures in [moment.validation if people == "validation" else moment.test]
+    ]
+    kept = [moment for moment in run.history if moment.kept][-1]
+    test = kept.test
+    lines = [
+        table(rows),
+        "",
+        f"Kept: the weights {kept.when}. Test people: {test['people']:,}, {test['images']:,} images, "
+        f"{test['genuine_pairs']:,} genuine and {test['impostor_pairs']:,} impostor pairs.",
+    ]
+    if "listed/accuracy" in test:
+        lines.append(
+            f"Listed pairs: accuracy {test['listed/accuracy']:.4f} ± {test['listed/accuracy_se']:.4f} "
+            f"({test['listed/genuine_pairs']:,} + {test['listed/impostor_pairs']:,} pairs)."
+        )
+    lines += run.notes
+    lines.append(
+        f"Report: {run.folder / REPORT}; embedder: {run.folder / EXPORT}; curves: tensorboard --logdir {run.folder}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

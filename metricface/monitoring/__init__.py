@@ -1,0 +1,1 @@
+"""TensorBoard that shows whether mining works."""

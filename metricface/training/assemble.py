@@ -1,0 +1,123 @@
+"""The one place where names in a recipe become objects."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from metricface import heads, losses, miners, models
+from metricface.data.images import ImageBatch, ImageSet, keep
+from metricface.training.objective import HeadObjective, MinedObjective, Objective
+from metricface.training.recipe import Component, Recipe, Stage
+from samplers import IdentityBalancedBatchSampler, ImageBatchSampler
+
+Sampler = IdentityBalancedBatchSampler | ImageBatchSampler
+
+
+def _by_name(*parts: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {part.__name__: part for part in parts}
+
+
+HEADS = _by_name(heads.Softmax, heads.CosFace)
+LOSSES = _by_name(losses.ContrastiveLoss, losses.TripletLoss, losses.MarginBasedLoss)
+MINERS = _by_name(miners.SemiHardMiner, miners.BatchHardMiner, miners.DistanceWeightedMiner, miners.RandomMiner)
+SAMPLERS = _by_name(ImageBatchSampler, IdentityBalancedBatchSampler)
+OPTIMIZERS = _by_name(SGD, Adam, AdamW)
+
+
+def build(kind: str, component: Component, known: Mapping[str, Callable[..., Any]], *fixed: Any, **named: Any) -> Any:
+    """The object that `component` names, made with its options after the arguments the trainer fixes.
+
+    Raises ValueError for an unknown name or option, listing the right ones, and for values that it rejects.
+    """
+    if component.name not in known:
+        raise ValueError(f"The recipe names the {kind} {component.name!r}; known are {', '.join(sorted(known))}.")
+    make = known[component.name]
+    accepted = list(inspect.signature(make).parameters)[len(fixed) :]
+    unknown = [option for option in component.options if option not in accepted or option in named]
+    if unknown:
+        right = ", ".join(name for name in accepted if name not in named) or "none"
+        raise ValueError(f"The {kind} {component.name} has no option {', '.join(unknown)}; its options are: {right}.")
+    try:
+        return make(*fixed, **named, **component.options)
+    except TypeError as error:
+        raise ValueError(f"The {kind} {component.name} cannot be made from {component.options}: {error}.") from error
+
+
+def device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def model(recipe: Recipe, on: torch.device) -> nn.Module:
+    """The trunk, in channels_last layout, which CPUs and GPUs convolve fastest."""
+    made = models.build(
+        recipe.model.name,
+        embedding_dim=recipe.model.embedding_dim,
+        channels=3 if recipe.data.channels == "rgb" else 1,
+        height=recipe.data.height,
+        width=recipe.data.width,
+        **recipe.model.options,
+    )
+    return made.to(device=on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def sampler(stage: Stage, images: ImageSet, seed: int) -> Sampler:
+    """Batches for a stage over the training people."""
+    if stage.sampler.name == ImageBatchSampler.__name__:
+        made: Sampler = build("sampler", stage.sampler, SAMPLERS, len(images), seed=seed)
+    else:
+        made = build("sampler", stage.sampler, SAMPLERS, images.labels, seed=seed)
+    return made
+
+
+def objective(stage: Stage, recipe: Recipe, num_classes: int) -> Objective:
+    """What a stage minimises; class-wise parts are sized to the training people."""
+    if stage.head is not None:
+        return HeadObjective(build("head", stage.head, HEADS, num_classes, recipe.model.embedding_dim))
+    assert stage.loss is not None
+    # beta per class is the paper's default, and only the trainer knows how many classes there are
+    sized = {"num_classes": num_classes} if stage.loss.name == losses.MarginBasedLoss.__name__ else {}
+    loss = build("loss", stage.loss, LOSSES, **sized)
+    miner = None if stage.miner is None else build("miner", stage.miner, MINERS)
+    return MinedObjective(
+        loss,
+        miner,
+        # one of a triplet's two pairs violates beta -+ alpha wherever d_ap + 2 alpha > d_an
+        margin=loss.margin if hasattr(loss, "margin") else 2.0 * loss.alpha,
+        distance=getattr(loss, "distance", "euclidean"),
+        normalize=getattr(loss, "normalize", True),
+    )
+
+
+def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
+    """One optimiser over trunk and objective; biases, batch norms and slopes (1-D) are not decayed."""
+    rate = stage.objective_learning_rate or stage.learning_rate
+    groups = []
+    for module, peak in ((trunk, stage.learning_rate), (goal, rate)):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in parameters if p.ndim > 1]
+        vectors = [p for p in parameters if p.ndim <= 1]
+        groups += [{"params": matrices, "peak": peak}] if matrices else []
+        groups += [{"params": vectors, "peak": peak, "weight_decay": 0.0}] if vectors else []
+    made: Optimizer = build("optimizer", stage.optimizer, OPTIMIZERS, groups, lr=stage.learning_rate)
+    return made
+
+
+def rehearse(recipe: Recipe, images: ImageSet) -> None:
+    """Make every stage's parts once and drop them, so that a wrong name or size is found before the first stage."""
+    for stage in recipe.stages:
+        sampler(stage, images, recipe.seed)
+        goal = objective(stage, recipe, len(images.identities))
+        optimizer(stage, nn.Linear(1, 1), goal)
+
+
+def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[ImageBatch]:
+    """Whole batches of a set; read ahead by `workers` processes (0 for a set in memory, where a batch is one copy)."""
+    return DataLoader(images, batch_sampler=batches, collate_fn=keep, num_workers=workers)

@@ -1,0 +1,46 @@
+"""Everything a run needs to go on, in one file that is either whole or not there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSION = 1
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write `state` (tensors and plain values only) to `path`, atomically.
+
+    The file is written and flushed beside `path` and then renamed over it: a crash, a full disk or a kill leaves the
+    checkpoint before it intact. Raises OSError, naming the file, where it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save({"version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(
+            f"Could not write the checkpoint {path}: {error}. The one before it, if any, is intact."
+        ) from error
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read what `save` wrote, tensors on `device`; nothing in the file is executed.
+
+    Raises FileNotFoundError where there is none, ValueError where it is no checkpoint of this version.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint at {path}; was the run stopped before its first one?")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} is no checkpoint of version {VERSION}; found {found}.")
+    return state

@@ -1,0 +1,105 @@
+"""Scoring a network on people it does not train on: embeddings -> the field's figures and curves."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from metricface.data.images import ImageSet
+from metricface.distances import unit_rows
+from metricface.evaluation import retrieval, verification
+from metricface.evaluation.pairs import PairList, make_pairs
+from metricface.evaluation.verification import VerificationReport
+
+BATCH = 256
+
+Figures = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The figures of one evaluation, with what plots need: (P,) cosines, (P,) same identity or not, and the curve."""
+
+    figures: Figures
+    scores: NDArray[np.float32]
+    same: NDArray[np.bool_]
+    curve: VerificationReport
+
+
+class HeldOut:
+    """A set of people with the pairs they are scored on, fixed for the whole run.
+
+    Verification pairs are made once by `make_pairs` (at most 20 genuine ones a person), and `listed` pairs, if any,
+    are scored beside them under the prefix `listed/`.
+    """
+
+    def __init__(self, name: str, images: ImageSet, listed: PairList | None = None, *, seed: int = 0) -> None:
+        self.name = name
+        self.images = images
+        self.pairs = make_pairs(images.labels, seed=seed)
+        self.listed = listed
+
+    def score(self, model: nn.Module, device: torch.device) -> Scored:
+        """Embed every image (in evaluation mode, unit length) and compute all figures."""
+        embeddings = embed(model, self.images, device)
+        scores, report = _verify(embeddings, self.pairs)
+        figures = _named(report, "")
+        ranked = retrieval.evaluate(embeddings, self.images.labels)
+        figures |= {
+            "recall_at_1": ranked.recall_at_1,
+            "map_at_r": ranked.map_at_r,
+            "people": len(self.images.identities),
+            "images": len(self.images),
+            "queries": ranked.queries,
+        }
+        if self.listed is not None:
+            figures |= _named(_verify(embeddings, self.listed)[1], "listed/")
+            figures["listed/missing_pairs"] = self.listed.missing
+        return Scored(figures, scores, self.pairs.same, report)
+
+
+def embed(model: nn.Module, images: ImageSet, device: torch.device) -> NDArray[np.float32]:
+    """Unit-length embeddings (N, D) of a set, in its order; the model's mode is restored afterwards.
+
+    Raises ValueError, with their number, where embeddings are not finite.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            parts = [unit_rows(model(batch.to(device))).cpu() for batch in _batches(images)]
+    finally:
+        model.train(was_training)
+    embeddings = torch.cat(parts)
+    broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(embeddings)} embeddings are not finite; the network has diverged.")
+    return embeddings.numpy()
+
+
+def _batches(images: ImageSet) -> Iterator[torch.Tensor]:
+    for start in range(0, len(images), BATCH):
+        batch = images.__getitems__(list(range(start, min(start + BATCH, len(images)))))
+        yield images.preprocessing.to_input(batch.images)
+
+
+def _verify(embeddings: NDArray[np.float32], pairs: PairList) -> tuple[NDArray[np.float32], VerificationReport]:
+    scores = np.einsum("pd,pd->p", embeddings[pairs.first], embeddings[pairs.second])
+    return scores, verification.evaluate(scores, pairs.same, fold=pairs.fold)
+
+
+def _named(report: VerificationReport, prefix: str) -> Figures:
+    figures: Figures = {
+        "accuracy": report.accuracy,
+        "accuracy_se": report.accuracy_se,
+        "threshold": report.threshold,
+        "auc": report.auc,
+        "eer": report.eer,
+        "genuine_pairs": report.genuine,
+        "impostor_pairs": report.impostors,
+    }
+    figures |= {f"tar_at_far_{point.far:.0e}".replace("e-0", "e-"): point.tar for point in report.tar_at_far}
+    return {f"{prefix}{name}": value for name, value in figures.items()}

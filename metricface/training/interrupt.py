@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next safe place."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class StopRequest:
+    """Inside `with StopRequest() as stopped`, `stopped()` says whether a stop was asked for.
+
+    The first SIGINT or SIGTERM only sets the flag, so that a step, an evaluation or a checkpoint is finished; a second
+    one raises KeyboardInterrupt at once. Only the main thread may enter.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        self._asked = False
+        self._say = say
+        self._before: dict[signal.Signals, object] = {}
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._asked
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._say("\nStopping at the next safe place, with a checkpoint (press Ctrl-C again to stop at once).")

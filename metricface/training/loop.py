@@ -1,0 +1,278 @@
+"""A whole run, top to bottom: people, network, evaluation, stage after stage, report, exported embedder."""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import metricface
+from metricface.models.embedder import Embedder
+from metricface.monitoring.board import Board
+from metricface.training import assemble, checkpoint, stages
+from metricface.training import recipe as recipes
+from metricface.training.held_out import Figures, HeldOut, Scored
+from metricface.training.people import People, gather
+from metricface.training.recipe import Recipe
+from metricface.training.throughput import bare_images_per_second
+
+RECIPE = "recipe.yaml"
+CHECKPOINT = "checkpoint.pt"
+REPORT = "report.json"
+EXPORT = "model"
+
+
+@dataclass
+class Moment:
+    """One evaluation of the run, on both held-out sets. kept: these weights went on."""
+
+    when: str
+    validation: Figures
+    test: Figures
+    kept: bool = True
+
+
+@dataclass
+class Run:
+    """What a run has come to; `history` and `notes` are what its report says."""
+
+    recipe: Recipe
+    folder: Path
+    people: People
+    device: torch.device
+    model: nn.Module
+    held_out: tuple[HeldOut, HeldOut]
+    board: Board
+    say: Callable[[str], None]
+    index: int = 0
+    step: int = 0
+    history: list[Moment] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    stage_reports: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+    _start_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def state_dict(self, under_way: stages.StageRun | None) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        return {
+            "recipe": recipes.as_dict(self.recipe),
+            "index": self.index,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "start_weights": self._start_weights,
+            "stage": None if under_way is None else under_way.state_dict(),
+            "history": [vars(moment) for moment in self.history],
+            "notes": self.notes,
+            "stage_reports": self.stage_reports,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def save(self, under_way: stages.StageRun | None = None) -> None:
+        """Write the checkpoint, atomically."""
+        checkpoint.save(self.state_dict(under_way), self.folder / CHECKPOINT)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint, but for the stage under way."""
+        self.index, self.step = state["index"], state["step"]
+        self.model.load_state_dict(state["model"])
+        self._start_weights = state["start_weights"]
+        self.history = [Moment(**moment) for moment in state["history"]]
+        self.notes, self.stage_reports = state["notes"], state["stage_reports"]
+        _restore_randomness(state)
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> Run:
+    """Train as the recipe says, write everything to `folder`, and return what became of it.
+
+    folder: gets the recipe, TensorBoard events, the checkpoint, and at the end `report.json` and the embedder in
+    `model/`. resume: go on from its checkpoint. stopped: asked after every step; where it says so the run saves
+    and returns with `interrupted` set. Raises ValueError for a recipe or data that cannot work (before
+    training), TrainingDivergedError where the loss does, OSError where `folder` cannot be written.
+    """
+    recipes.check(recipe)
+    run = _prepare(recipe, folder, say)
+    state = checkpoint.load(folder / CHECKPOINT, run.device) if resume else None
+    if state is not None:
+        run.restore(state)
+    else:
+        _evaluate(run, "start")
+        run.save()
+    while run.index < len(recipe.stages):
+        _stage(run, state if state and state["stage"] else None, stopped)
+        state = None
+        if run.interrupted:
+            return run
+    _finish(run)
+    return run
+
+
+def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device = assemble.device(recipe.device)
+    people = gather(recipe.data, recipe.seed)
+    for line in people.describe():
+        say(line)
+    assemble.rehearse(recipe, people.training)
+    torch.manual_seed(recipe.seed)
+    model = assemble.model(recipe, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"network    {recipe.model.name}, {parameters:,} parameters, on {device} ({torch.get_num_threads()} threads)")
+    held_out = (
+        HeldOut("validation", people.validation, seed=recipe.seed),
+        HeldOut("test", people.test, people.listed, seed=recipe.seed),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(yaml.safe_dump(recipes.as_dict(recipe), sort_keys=False, allow_unicode=True), folder / RECIPE)
+    return Run(recipe, folder, people, device, model, held_out, Board(folder), say)
+
+
+def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]) -> None:
+    """Train one stage and keep the better of its start and its end."""
+    under_way = stages.begin(run.index, run.recipe, run.people, run.model, run.device)
+    stage = under_way.stage
+    if resumed is not None:
+        under_way.load_state_dict(resumed["stage"])
+        _restore_randomness(resumed)  # once more: making the stage's parts has drawn from it
+        run.say(f"Going on with stage {stage.name!r} at step {under_way.clock.steps:,}.")
+    else:
+        run._start_weights = _copy(run.model)
+    steps_before = run.step - under_way.clock.steps
+
+    def report(step: int, scalars: dict[str, float]) -> None:
+        run.step = steps_before + step
+        run.board.scalars(run.step, {f"{stage.name}/{name}": value for name, value in scalars.items()})
+
+    stages.train(
+        under_way,
+        run.recipe,
+        run.people,
+        run.model,
+        device=run.device,
+        stopped=stopped,
+        report=report,
+        save=lambda: run.save(under_way),
+    )
+    run.step = steps_before + under_way.clock.steps
+    if stopped():
+        run.save(under_way)
+        run.interrupted = True
+        return
+    run.save(under_way)  # evaluation can fail or be interrupted; the training is safe
+    _note_speed(run, under_way)
+    _keep_better(run, stage.name)
+    run.index += 1
+    run.save()
+
+
+def _keep_better(run: Run, name: str) -> None:
+    """Evaluate the end of a stage; where it lies below its start on validation people, go back to the start."""
+    start = [moment for moment in run.history if moment.kept][-1]
+    end = _evaluate(run, f"after {name}")
+    figure = run.recipe.select_by
+    before, after = _number(start.validation[figure]), _number(end.validation[figure])
+    if after >= before:
+        return
+    end.kept = False
+    run.model.load_state_dict(run._start_weights)
+    note = (
+        f"Stage {name!r} ended below its start on the validation people ({figure} {before:.4f} -> {after:.4f}); "
+        f"the weights from before it were kept."
+    )
+    run.notes.append(note)
+    run.say(note)
+
+
+def _evaluate(run: Run, when: str) -> Moment:
+    scored: list[Scored] = [people.score(run.model, run.device) for people in run.held_out]
+    moment = Moment(when, scored[0].figures, scored[1].figures)
+    run.history.append(moment)
+    for people, found in zip(run.held_out, scored, strict=True):
+        run.board.held_out(run.step, people.name, found.figures, found.scores, found.same, found.curve)
+    run.say(f"{when}: " + ", ".join(f"{p.name} {_brief(s.figures)}" for p, s in zip(run.held_out, scored, strict=True)))
+    return moment
+
+
+def _note_speed(run: Run, under_way: stages.StageRun) -> None:
+    clock = under_way.clock
+    batch = max(1, round(clock.images / clock.steps))
+    bare = bare_images_per_second(run.model, batch, run.people.training.preprocessing.shape, run.device)
+    run.stage_reports.append(
+        {
+            "name": under_way.stage.name,
+            "steps": clock.steps,
+            "images": clock.images,
+            "seconds": round(clock.elapsed, 2),
+            "images_per_second": round(clock.images_per_second, 1),
+            "bare_images_per_second": round(bare, 1),
+        }
+    )
+    run.say(
+        f"{under_way.stage.name}: {clock.steps:,} steps, {clock.images_per_second:,.0f} images/s; the bare forward and "
+        f"backward pass of the network {bare:,.0f} ({clock.images_per_second / bare:.2f} of it)"
+    )
+
+
+def _finish(run: Run) -> None:
+    kept = [moment for moment in run.history if moment.kept][-1]
+    report = {
+        "recipe": recipes.as_dict(run.recipe),
+        "people": {
+            name: {"people": len(images.identities), "images": len(images)}
+            for name, images in run.people.by_name().items()
+        },
+        "skipped": [file._asdict() for file in run.people.skipped],
+        "overlap": list(run.people.overlap),
+        "stages": run.stage_reports,
+        "history": [vars(moment) for moment in run.history],
+        "final": {"when": kept.when, "validation": kept.validation, "test": kept.test},
+        "notes": run.notes,
+        "versions": {
+            "metricface": metricface.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    _write(json.dumps(report, indent=2) + "\n", run.folder / REPORT)
+    description = {"recipe": report["recipe"], "threshold": kept.validation["threshold"], "figures": kept.test}
+    Embedder(run.model, run.people.training.preprocessing, description).save(run.folder / EXPORT)
+    run.board.close()
+
+
+def _write(text: str, path: Path) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _restore_randomness(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _number(figure: float | int | None) -> float:
+    return float("-inf") if figure is None else float(figure)
+
+
+def _brief(figures: Figures) -> str:
+    shown = (("accuracy", "accuracy"), ("R@1", "recall_at_1"), ("MAP@R", "map_at_r"))
+    return " ".join(f"{title} {_number(figures[key]):.3f}" for title, key in shown)

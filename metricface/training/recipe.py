@@ -1,0 +1,205 @@
+"""The dataclasses a recipe is made of: what YAML files and dotted command-line overrides are read onto.
+
+A recipe holds names and numbers only; `metricface.training.assemble` is the one place where names become objects.
+The defaults are the demo: procedural faces, CosFace pretraining, then triplets mined by the hardest in the batch.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from metricface.data.augment import Augmentation
+
+
+@dataclass
+class Component:
+    """A part named in a recipe: a miner, loss, head, sampler, model or optimizer.
+
+    name: the name under which `metricface.training.assemble` knows it, e.g. `BatchHardMiner`.
+    options: keyword arguments of its constructor; an unknown one is an error that lists the right ones.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Data:
+    """Where images come from, how they are cut, and which people are held out.
+
+    train: a folder with one sub-folder of images per identity, or `synthetic`, the built-in procedural faces.
+    test: a folder of other people to score (never to choose on); none: people are held out of `train`.
+    pairs: an LFW-style list of pairs among the test images, scored beside the test people's own pairs.
+    missing_pairs: `error`, or `skip` to count and leave out listed pairs whose images are not there.
+    height, width, channels: what the network sees; crop: the share of the image's centre that is kept (LFW: 0.7).
+    test_share, test_split: which share of the identities is held out; `last` takes the end of the sorted names.
+    validation_share: the share of the training identities that weights and settings are chosen on.
+    group: a regular expression with one group, e.g. `^(.+)__`: identities are split by what it matches.
+    synthetic_identities, synthetic_images: size of the built-in set.
+    memory_mib: decoded images up to this size stay in memory; larger sets are read by `workers` processes.
+    """
+
+    train: str = "synthetic"
+    test: str | None = None
+    pairs: str | None = None
+    missing_pairs: Literal["error", "skip"] = "error"
+    height: int = 56
+    width: int = 56
+    channels: Literal["rgb", "grey"] = "rgb"
+    crop: float = 1.0
+    test_share: float = 0.2
+    test_split: Literal["random", "last"] = "random"
+    validation_share: float = 0.1
+    group: str | None = None
+    synthetic_identities: int = 1500
+    synthetic_images: int = 12
+    memory_mib: int = 4096
+    workers: int = 2
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass
+class Model:
+    """The trunk: a name of `metricface.models`, and the dimension of its embeddings."""
+
+    name: str = "small"
+    embedding_dim: int = 128
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Stage:
+    """One stretch of training: batches from one sampler, one objective, one learning-rate schedule.
+
+    Give either `head` (classification; dropped when the stage ends) or `loss` with a `miner` (no miner: every pair or
+    triplet of the batch). Length: `share` of the recipe's budget, or `epochs`, or `steps`.
+    learning_rate: the peak, reached after `warmup` (share of the stage) and then led down by `schedule`.
+    batch_norm: `train`, or `frozen` to keep the statistics of the stage before (weights still learn).
+    """
+
+    name: str
+    sampler: Component
+    head: Component | None = None
+    loss: Component | None = None
+    miner: Component | None = None
+    share: float = 1.0
+    epochs: float | None = None
+    steps: int | None = None
+    learning_rate: float = 0.1
+    warmup: float = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Component = field(
+        default_factory=lambda: Component("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4})
+    )
+    objective_learning_rate: float | None = None
+    batch_norm: Literal["train", "frozen"] = "train"
+    clip_norm: float | None = None
+
+
+def default_stages() -> list[Stage]:
+    """Softmax pretraining (CosFace), then triplet fine-tuning on the hardest in the batch."""
+    return [
+        Stage(
+            name="softmax",
+            sampler=Component("ImageBatchSampler", {"batch_size": 128}),
+            head=Component("CosFace", {"margin_cos": 0.35, "scale": 30.0}),
+            share=0.6,
+        ),
+        Stage(
+            name="triplet",
+            sampler=Component("IdentityBalancedBatchSampler", {"identities_per_batch": 32, "images_per_identity": 4}),
+            miner=Component("BatchHardMiner"),
+            loss=Component("TripletLoss", {"margin": 0.2}),
+            share=0.4,
+            learning_rate=0.02,
+            warmup=0.1,
+        ),
+    ]
+
+
+@dataclass
+class Recipe:
+    """Everything a run depends on.
+
+    budget: wall-clock training time shared among the stages (`170s`, `4m`), evaluation not counted; none: each stage
+        has its own epochs or steps.
+    select_by: the validation figure that decides which weights a stage leaves behind.
+    threads: CPU threads of torch; none: torch's own choice.
+    checkpoint_every: seconds of training between two checkpoints.
+    """
+
+    name: str = "demo"
+    seed: int = 0
+    budget: str | None = "170s"
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    stages: list[Stage] = field(default_factory=default_stages)
+    select_by: Literal["map_at_r", "recall_at_1", "auc", "tar_at_far_1e-2"] = "map_at_r"
+    device: str = "auto"
+    threads: int | None = None
+    log_every: int = 20
+    checkpoint_every: float = 60.0
+
+
+def budget_seconds(budget: str) -> float:
+    """Seconds in `240s`, `4m`, `1.5h` or a bare number. Raises ValueError for anything else, and for 0."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", budget)
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise ValueError(f"budget={budget!r} is no positive length of time; write it as 240s, 4m or 1.5h.")
+    return seconds
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ValueError for a recipe that contradicts itself, before any image is read."""
+    if not recipe.stages:
+        raise ValueError("The recipe has no stages; give at least one, with a head or a loss.")
+    names = [stage.name for stage in recipe.stages]
+    if len(set(names)) != len(names):
+        raise ValueError(f"Stage names must differ, since reports and checkpoints go by them; found {names}.")
+    if recipe.budget is not None:
+        budget_seconds(recipe.budget)
+    for stage in recipe.stages:
+        _check_stage(stage, timed=recipe.budget is not None)
+    for name in ("test_share", "validation_share"):
+        share = getattr(recipe.data, name)
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"data.{name}={share} must lie between 0 and 1.")
+
+
+def _check_stage(stage: Stage, *, timed: bool) -> None:
+    where = f"Stage {stage.name!r}"
+    if (stage.head is None) == (stage.loss is None):
+        raise ValueError(f"{where} needs either a head or a loss; found {'neither' if stage.head is None else 'both'}.")
+    if stage.miner is not None and stage.loss is None:
+        raise ValueError(
+            f"{where} has a miner but no loss; a head takes no mined triplets. Give a loss or drop the miner."
+        )
+    if not timed and (stage.epochs is None) == (stage.steps is None):
+        raise ValueError(
+            f"{where} needs a length: set epochs or steps (one of them), or a budget for the whole recipe."
+        )
+    for name in ("share", "learning_rate", "epochs", "steps", "clip_norm", "objective_learning_rate"):
+        value = getattr(stage, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{where}: {name}={value} must be above 0.")
+    if not 0.0 <= stage.warmup < 1.0:
+        raise ValueError(f"{where}: warmup={stage.warmup} is a share of the stage; it must lie in [0, 1).")
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain dicts, lists and numbers, for YAML, JSON and comparison."""
+    return asdict(recipe)
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Dotted names of the settings in which two recipes (or parts of them) differ."""
+    if is_dataclass(a) and type(a) is type(b):
+        return [
+            found
+            for f in fields(a)
+            for found in differences(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}".lstrip("."))
+        ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{path}.{i}")]
+    return [] if a == b else [f"{path} ({a!r} against {b!r})"]

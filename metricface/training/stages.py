@@ -1,0 +1,193 @@
+"""One stage of training: from the weights it is given to the weights it leaves, in steps that can be interrupted."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Never
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from metricface.data.augment import augment
+from metricface.data.images import ImageBatch
+from metricface.diagnostics import embedding_statistics
+from metricface.training import assemble
+from metricface.training.objective import Objective
+from metricface.training.people import People
+from metricface.training.recipe import Recipe, Stage, budget_seconds
+from metricface.training.schedules import Clock, learning_rate
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class StageRun:
+    """A stage under way: everything that a checkpoint in its middle has to hold, beside the trunk."""
+
+    stage: Stage
+    objective: Objective
+    optimizer: Optimizer
+    sampler: assemble.Sampler
+    clock: Clock
+    augmenting: torch.Generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        return {
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "clock": self.clock.state_dict(),
+            "augmenting": self.augmenting.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict()` was taken."""
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.clock.load_state_dict(state["clock"])
+        self.augmenting.set_state(state["augmenting"].cpu())
+
+
+def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: torch.device) -> StageRun:
+    """Make a stage's own sampler, objective and optimiser; the trunk goes on from the stage before."""
+    stage = recipe.stages[index]
+    seed = recipe.seed + 1000 * index
+    sampler = assemble.sampler(stage, people.training, seed)
+    objective = assemble.objective(stage, recipe, len(people.training.identities)).to(device)
+    return StageRun(
+        stage=stage,
+        objective=objective,
+        optimizer=assemble.optimizer(stage, model, objective),
+        sampler=sampler,
+        clock=_clock(stage, recipe, len(sampler)),
+        augmenting=torch.Generator(device).manual_seed(seed),
+    )
+
+
+def train(
+    run: StageRun,
+    recipe: Recipe,
+    people: People,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    stopped: Callable[[], bool],
+    report: Report,
+    save: Callable[[], None],
+) -> None:
+    """Take steps until the stage is over or `stopped()`; call `report` and `save` as often as the recipe says.
+
+    Raises TrainingDivergedError when the loss is not finite, before anything of it can reach a checkpoint.
+    """
+    stage, clock = run.stage, run.clock
+    loader = assemble.loader(people.training, run.sampler, 0 if people.in_memory else recipe.data.workers)
+    model.train()
+    if stage.batch_norm == "frozen":
+        freeze_batch_norm(model)
+    saved_at, bar = clock.elapsed, _bar(run)
+    batches = _endless(loader)
+    clock.start()
+    while clock.progress < 1.0 and not stopped():
+        batch = next(batches)  # not before the test above: a batch that was pulled counts as trained on
+        rate = _set_learning_rate(run)
+        loss, embeddings, labels = _step(run, recipe, people, model, batch, device)
+        clock.steps += 1
+        clock.images += len(labels)
+        _advance(bar, clock)
+        if clock.steps % recipe.log_every == 0 or clock.steps == 1:
+            clock.pause()
+            value = _finite(loss, run)
+            scalars = _scalars(run, embeddings, labels)
+            report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
+            bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
+            if clock.elapsed - saved_at >= recipe.checkpoint_every:
+                save()
+                saved_at = clock.elapsed
+            clock.start()
+    clock.pause()
+    bar.close()
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let batch norms normalise by the statistics they have, and keep these; their weights go on learning."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _step(
+    run: StageRun, recipe: Recipe, people: People, model: nn.Module, batch: ImageBatch, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    images = augment(batch.images.to(device, non_blocking=True), recipe.data.augmentation, run.augmenting)
+    labels = batch.labels.to(device, non_blocking=True)
+    embeddings = model(images)  # (B, D), raw
+    loss = run.objective(embeddings, labels)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if run.stage.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), run.stage.clip_norm)
+    run.optimizer.step()
+    return loss.detach(), embeddings, labels
+
+
+def _scalars(run: StageRun, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """What the objective and the embeddings look like; NaN where a batch has nothing to average is left out."""
+    found = run.objective.statistics(embeddings, labels)
+    found |= {f"embedding/{name}": value for name, value in embedding_statistics(embeddings.detach()).items()}
+    values = {name: float(value) for name, value in found.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _set_learning_rate(run: StageRun) -> float:
+    stage = run.stage
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.clock.progress, peak=group["peak"], warmup=stage.warmup, shape=stage.schedule)
+    rate: float = run.optimizer.param_groups[0]["lr"]
+    return rate
+
+
+def _finite(loss: Tensor, run: StageRun) -> float:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise TrainingDivergedError(
+            f"The loss of stage {run.stage.name!r} is {value} at step {run.clock.steps} "
+            f"(learning rate {run.optimizer.param_groups[0]['lr']:.3g}). Lower stages.{run.stage.name}.learning_rate, "
+            "lengthen its warmup, or set its clip_norm."
+        )
+    return value
+
+
+def _clock(stage: Stage, recipe: Recipe, batches: int) -> Clock:
+    if recipe.budget is not None:
+        shares = sum(other.share for other in recipe.stages)
+        return Clock(total_seconds=budget_seconds(recipe.budget) * stage.share / shares)
+    if stage.steps is not None:
+        return Clock(total_steps=stage.steps)
+    assert stage.epochs is not None
+    return Clock(total_steps=max(1, round(stage.epochs * batches)))
+
+
+def _endless(loader: torch.utils.data.DataLoader[ImageBatch]) -> Iterator[ImageBatch]:
+    while True:
+        yield from loader
+
+
+def _bar(run: StageRun) -> "tqdm[Never]":
+    clock = run.clock
+    if clock.total_steps is not None:
+        return tqdm(desc=run.stage.name, total=clock.total_steps, initial=clock.steps, unit="step", mininterval=0.5)
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}s [{remaining} left{postfix}]"
+    return tqdm(desc=run.stage.name, total=clock.total_seconds, initial=clock.elapsed, bar_format=form, mininterval=0.5)
+
+
+def _advance(bar: "tqdm[Never]", clock: Clock) -> None:
+    wanted = clock.steps if clock.total_steps is not None else min(clock.elapsed, clock.total_seconds or 0.0)
+    bar.update(wanted - bar.n)

@@ -1,0 +1,211 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import metricface
+from metricface.training import loop, stages
+from metricface.training.held_out import embed
+from metricface.training.loop import Moment, Run, train
+from metricface.training.recipe import Component, Recipe
+from metricface.training.stages import TrainingDivergedError
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """A stop request that comes after so many steps."""
+    asked = iter(range(10**6))
+    return lambda: next(asked) >= steps
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return run.model.state_dict()
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_leaves_report_checkpoint_curves_and_an_embedder(recipe: Recipe, tmp_path: Path) -> None:
+    run = train(recipe, tmp_path / "run", say=quiet)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [moment["when"] for moment in report["history"]] == ["start", "after softmax", "after triplet"]
+    assert report["people"]["training"] == {"people": 29, "images": 174}
+    assert report["people"]["validation"]["people"] == 3
+    assert report["people"]["test"]["people"] == 8
+    test = report["final"]["test"]
+    assert test["genuine_pairs"] == 8 * 15
+    assert test["tar_at_far_1e-1"] is not None
+    assert [stage["steps"] for stage in report["stages"]] == [6, 5]
+    embedder = metricface.load(tmp_path / "run" / "model")
+    images = run.people.test
+    ours = embed(run.model, images, torch.device("cpu"))
+    np.testing.assert_allclose(embedder.embed(images.read(range(len(images)))), ours, atol=1e-5)
+
+
+def test_the_three_sets_of_people_are_disjoint(recipe: Recipe, tmp_path: Path) -> None:
+    run = train(recipe, tmp_path / "run", say=quiet)
+    names = [name for images in run.people.by_name().values() for name in images.identities]
+    assert len(names) == len(set(names)) == 40
+
+
+def test_the_same_recipe_gives_the_same_weights(recipe: Recipe, tmp_path: Path) -> None:
+    assert_same(weights(train(recipe, tmp_path / "a", say=quiet)), weights(train(recipe, tmp_path / "b", say=quiet)))
+
+
+@pytest.mark.parametrize("steps", [0, 3, 6, 8])
+def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(
+    recipe: Recipe, tmp_path: Path, steps: int
+) -> None:
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    stopped = train(recipe, tmp_path / "run", stopped=after(steps), say=quiet)
+    assert stopped.interrupted
+    assert not (tmp_path / "run" / "report.json").exists()
+    resumed = train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert not resumed.interrupted
+    assert_same(weights(whole), weights(resumed))
+    a, b = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "run"))
+    assert a["final"] == b["final"]
+
+
+def test_a_finished_run_that_is_resumed_trains_no_further(recipe: Recipe, tmp_path: Path) -> None:
+    whole = train(recipe, tmp_path / "run", say=quiet)
+    again = train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert_same(weights(whole), weights(again))
+    assert len(again.history) == len(whole.history)
+
+
+def test_a_stage_that_ends_below_its_start_gives_the_better_weights_back_and_says_so(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter([0.1, 0.6, 0.5])  # start, after softmax, after triplet
+    real = loop._evaluate
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def scripted(run: Run, when: str) -> Moment:
+        moment = real(run, when)
+        moment.validation["map_at_r"] = next(figures)
+        seen.append({name: value.clone() for name, value in weights(run).items()})
+        return moment
+
+    monkeypatch.setattr(loop, "_evaluate", scripted)
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert_same(weights(run), seen[1])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "Stage 'triplet' ended below its start" in report["notes"][0]
+    assert "0.6000 -> 0.5000" in report["notes"][0]
+    assert [moment["kept"] for moment in report["history"]] == [True, True, False]
+    assert report["final"]["when"] == "after softmax"
+
+
+def test_tensorboard_shows_mining_training_and_held_out_people(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "run", say=quiet)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    wanted = {
+        "softmax/loss",
+        "softmax/learning_rate",
+        "softmax/head/accuracy",
+        "triplet/loss",
+        "triplet/mining/active_share",
+        "triplet/mining/d_ap_mean",
+        "triplet/mining/d_an_mean",
+        "triplet/embedding/norm_mean",
+        "triplet/embedding/spread",
+        "validation/map_at_r",
+        "test/accuracy",
+    }
+    assert wanted <= scalars
+    assert {"test/distance_positive", "test/distance_negative"} <= set(events.Tags()["histograms"])
+    assert "test/roc" in events.Tags()["images"]
+    assert [event.step for event in events.Scalars("test/accuracy")] == [0, 6, 11]
+    assert all(np.isfinite(event.value) for event in events.Scalars("triplet/loss"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.stages[0].learning_rate = 1e30
+    with pytest.raises(TrainingDivergedError, match=r"stage 'softmax' is .*stages\.softmax\.learning_rate"):
+        train(recipe, tmp_path / "run", say=quiet)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
+
+
+def test_a_budget_is_shared_by_the_stages_and_evaluation_is_not_counted(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.budget = "2s"
+    recipe.stages[0].share, recipe.stages[1].share = 3.0, 1.0
+    train(recipe, tmp_path / "run", say=quiet)
+    seconds = [stage["seconds"] for stage in json.loads((tmp_path / "run" / "report.json").read_text())["stages"]]
+    assert seconds == pytest.approx([1.5, 0.5], abs=0.25)
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_still_learns(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.stages[1].batch_norm = "frozen"
+    recipe.stages[1].steps = 3
+    before: dict[str, torch.Tensor] = {}
+    real = stages.begin
+
+    def begin(index: int, *rest: object) -> stages.StageRun:
+        model = rest[2]
+        assert isinstance(model, torch.nn.Module)
+        before.update({name: value.clone() for name, value in model.state_dict().items()})
+        return real(index, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "begin", begin)
+        patch.setattr(loop, "_keep_better", lambda run, name: None)
+        run = train(recipe, tmp_path / "run", say=quiet)
+    after = weights(run)
+    running = [name for name in after if "running" in name]
+    learned = [name for name in after if name.endswith("weight")]
+    assert running
+    assert all(torch.equal(before[name], after[name]) for name in running)
+    assert not any(torch.equal(before[name], after[name]) for name in learned)
+
+
+@pytest.mark.parametrize(
+    ("miner", "loss"),
+    [
+        ("SemiHardMiner", Component("TripletLoss")),
+        ("DistanceWeightedMiner", Component("MarginBasedLoss")),
+        ("RandomMiner", Component("TripletLoss", {"margin": "soft", "squared": False})),
+        (None, Component("ContrastiveLoss", {"normalize": True})),
+    ],
+)
+def test_every_miner_and_loss_trains_from_a_recipe(
+    recipe: Recipe, tmp_path: Path, miner: str | None, loss: Component
+) -> None:
+    recipe.stages[1].miner = None if miner is None else Component(miner)
+    recipe.stages[1].loss = loss
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert len(run.history) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: setattr(r.stages[1], "miner", Component("HardMiner")), "known are .*BatchHardMiner"),
+        (lambda r: setattr(r.stages[1], "loss", Component("TripletLoss", {"magin": 1})), "its options are: margin"),
+        (lambda r: setattr(r.stages[0], "head", Component("CosFace", {"num_classes": 3})), "no option num_classes"),
+        (lambda r: setattr(r.stages[1].sampler, "options", {"identities_per_batch": 8}), "images_per_identity"),
+        (lambda r: r.stages[1].sampler.options.update(identities_per_batch=64), "64 identities"),
+        (lambda r: setattr(r.model, "name", "huge"), "huge"),
+        (lambda r: setattr(r.data, "synthetic_images", 1), "cannot be scored"),
+    ],
+)
+def test_a_recipe_that_cannot_work_fails_before_training(
+    recipe: Recipe, tmp_path: Path, change: Callable[[Recipe], None], says: str
+) -> None:
+    change(recipe)
+    with pytest.raises(ValueError, match=says):
+        train(recipe, tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
