@@ -86,7 +86,7 @@ def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) 
 
 def _source_grid(images: Tensor, settings: Augmentation, even: Tensor) -> Tensor:
     """Where each pixel comes from: (B, H, W, 2) as grid_sample reads it, x and y in [-1, 1] from edge to edge."""
-    count, _, height, width = images.shape
+    height, width = images.shape[2:]
     angle = even[:, 1] * math.radians(settings.rotation_deg)
     grow = 1 + settings.scale * even[:, 2]
     cos, sin = torch.cos(angle) / grow, torch.sin(angle) / grow
@@ -94,13 +94,13 @@ def _source_grid(images: Tensor, settings: Augmentation, even: Tensor) -> Tensor
     x = (torch.arange(width, device=images.device, dtype=torch.float32) * 2 + 1) / width - 1
     y = (torch.arange(height, device=images.device, dtype=torch.float32) * 2 + 1) / height - 1
     away_x, away_y = 2 * settings.shift * even[:, 3], 2 * settings.shift * even[:, 4]
-    grid = images.new_empty((count, height, width, 2), dtype=torch.float32)
     # A turn is a turn in pixels; in units of half a side, x and y stretch by the aspect ratio.
-    across = (mirror * cos)[:, None] * x, (mirror * -sin * height / width)[:, None] * y + (mirror * away_x)[:, None]
-    down = (sin * width / height)[:, None] * x, cos[:, None] * y + away_y[:, None]
-    torch.add(across[0][:, None, :], across[1][:, :, None], out=grid[..., 0])
-    torch.add(down[0][:, None, :], down[1][:, :, None], out=grid[..., 1])
-    return grid
+    per_x = torch.stack([mirror * cos, sin * (width / height)], dim=1)  # (B, 2): what one step of x adds to (x, y)
+    per_y = torch.stack([mirror * sin * (-height / width), cos], dim=1)
+    start = torch.stack([mirror * away_x, away_y], dim=1)
+    columns = per_x[:, None, :] * x[:, None]  # (B, W, 2)
+    rows = per_y[:, None, :] * y[:, None] + start[:, None, :]  # (B, H, 2)
+    return columns[:, None] + rows[:, :, None]  # (B, H, W, 2)
 
 
 def _boxes(images: Tensor, settings: Augmentation, drawn: Tensor) -> Tensor:

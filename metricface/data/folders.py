@@ -49,12 +49,12 @@ class FolderImages(ImageSet):
         pixels: Pixels = np.empty((len(indices), height, width, channels), dtype=np.uint8)
         for row, index in enumerate(indices):
             key = self.keys[index]
-            pixels[row] = self.preprocessing.apply(_decode(self.root / key, key, grey=channels == 1))
+            pixels[row] = self.preprocessing.apply(decode_file(self.root / key, key, grey=channels == 1))
         return pixels
 
 
-def _decode(path: Path, key: str, *, grey: bool) -> Pixels:
-    """Decode one file to uint8 (h, w) or (h, w, 3) RGB."""
+def decode_file(path: Path, key: str, *, grey: bool) -> Pixels:
+    """Decode one file to uint8 (h, w) or (h, w, 3) RGB. Raises UnreadableImageError for `key`."""
     try:
         data = np.fromfile(path, dtype=np.uint8)  # not cv2.imread: on Windows it cannot open every Unicode name
     except OSError as error:

@@ -15,7 +15,7 @@ from metricface.data.synthetic_faces.people import people
 from metricface.data.synthetic_faces.scene import paint_behind, paint_hair, paint_head
 
 # Float32 pixels painted at once: few enough to stay in a core's cache, enough to spread NumPy's cost per call.
-_PIXELS_AT_ONCE = 200_000
+_PIXELS_AT_ONCE = 300_000
 
 
 class SyntheticFaces(ImageSet):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from metricface.data.folders import _decode as decode_file
+from metricface.data.folders import decode_file
 from metricface.data.images import Pixels, Preprocessing
 from metricface.models import Blueprint, bare, blueprint_of
 

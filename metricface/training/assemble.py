@@ -55,6 +55,27 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def precision(name: str, on: torch.device) -> torch.dtype:
+    """The type in which the network computes; `auto` is bfloat16 only where the device has instructions for it.
+
+    Without them bfloat16 is emulated and several times slower than float32.
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if on.type == "cuda":
+        native = torch.cuda.get_device_capability(on) >= (8, 0)
+    else:
+        ask = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch cannot be asked
+        found: dict[str, bool] = ask() if on.type == "cpu" else {}
+        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(dtype: torch.dtype, on: torch.device) -> torch.autocast:
+    """Context in which the network computes in `dtype`; float32 is no autocast at all."""
+    return torch.autocast(on.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def model(recipe: Recipe, on: torch.device) -> nn.Module:
     """The trunk, in channels_last layout, which CPUs and GPUs convolve fastest."""
     made = models.build(

@@ -131,7 +131,10 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
     torch.manual_seed(recipe.seed)
     model = assemble.model(recipe, device)
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"network    {recipe.model.name}, {parameters:,} parameters, on {device} ({torch.get_num_threads()} threads)")
+    say(
+        f"network    {recipe.model.name}, {parameters:,} parameters, on {device} ({torch.get_num_threads()} threads), "
+        f"{assemble.precision(recipe.precision, device)}"
+    )
     held_out = (
         HeldOut("validation", people.validation, seed=recipe.seed),
         HeldOut("test", people.test, people.listed, seed=recipe.seed),
@@ -210,7 +213,9 @@ def _evaluate(run: Run, when: str) -> Moment:
 def _note_speed(run: Run, under_way: stages.StageRun) -> None:
     clock = under_way.clock
     batch = max(1, round(clock.images / clock.steps))
-    bare = bare_images_per_second(run.model, batch, run.people.training.preprocessing.shape, run.device)
+    bare = bare_images_per_second(
+        run.model, batch, run.people.training.preprocessing.shape, run.device, under_way.precision
+    )
     run.stage_reports.append(
         {
             "name": under_way.stage.name,

@@ -124,6 +124,8 @@ class Recipe:
     budget: wall-clock training time shared among the stages (`170s`, `4m`), evaluation not counted; none: each stage
         has its own epochs or steps.
     select_by: the validation figure that decides which weights a stage leaves behind.
+    precision: of the network's forward pass; `auto` is bfloat16 where the device computes in it natively (Ampere and
+        later GPUs; CPUs with avx512_bf16 or AMX), else float32. Losses, heads, mining and evaluation stay in float32.
     threads: CPU threads of torch; none: torch's own choice.
     checkpoint_every: seconds of training between two checkpoints.
     """
@@ -136,6 +138,7 @@ class Recipe:
     stages: list[Stage] = field(default_factory=default_stages)
     select_by: Literal["map_at_r", "recall_at_1", "auc", "tar_at_far_1e-2"] = "map_at_r"
     device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = None
     log_every: int = 20
     checkpoint_every: float = 60.0

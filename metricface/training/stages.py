@@ -36,6 +36,7 @@ class StageRun:
     sampler: assemble.Sampler
     clock: Clock
     augmenting: torch.Generator
+    precision: torch.dtype
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -69,6 +70,7 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
         sampler=sampler,
         clock=_clock(stage, recipe, len(sampler)),
         augmenting=torch.Generator(device).manual_seed(seed),
+        precision=assemble.precision(recipe.precision, device),
     )
 
 
@@ -128,7 +130,10 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     images = augment(batch.images.to(device, non_blocking=True), recipe.data.augmentation, run.augmenting)
     labels = batch.labels.to(device, non_blocking=True)
-    embeddings = model(images)  # (B, D), raw
+    with assemble.autocast(run.precision, device):
+        embeddings = model(images).float()  # (B, D), raw
+    if not bool(torch.isfinite(embeddings).all()):
+        raise _diverged(run, "embeddings are not finite")
     loss = run.objective(embeddings, labels)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -157,12 +162,17 @@ def _set_learning_rate(run: StageRun) -> float:
 def _finite(loss: Tensor, run: StageRun) -> float:
     value = float(loss)
     if not math.isfinite(value):
-        raise TrainingDivergedError(
-            f"The loss of stage {run.stage.name!r} is {value} at step {run.clock.steps} "
-            f"(learning rate {run.optimizer.param_groups[0]['lr']:.3g}). Lower stages.{run.stage.name}.learning_rate, "
-            "lengthen its warmup, or set its clip_norm."
-        )
+        raise _diverged(run, f"loss is {value}")
     return value
+
+
+def _diverged(run: StageRun, what: str) -> TrainingDivergedError:
+    name = run.stage.name
+    return TrainingDivergedError(
+        f"Stage {name!r} has diverged: its {what} at step {run.clock.steps:,} (learning rate "
+        f"{run.optimizer.param_groups[0]['lr']:.3g}). The last checkpoint is intact. "
+        f"Lower stages.{name}.learning_rate, lengthen its warmup, or set its clip_norm."
+    )
 
 
 def _clock(stage: Stage, recipe: Recipe, batches: int) -> Clock:

@@ -6,15 +6,18 @@ import time
 import torch
 from torch import nn
 
+from metricface.training.assemble import autocast
+
 PASSES = 6
 
 
 def bare_images_per_second(
-    model: nn.Module, batch_size: int, shape: tuple[int, int, int], device: torch.device
+    model: nn.Module, batch_size: int, shape: tuple[int, int, int], device: torch.device, precision: torch.dtype
 ) -> float:
     """Images/s of forward and backward of a copy of `model`, nothing else: no data, loss, mining or optimiser.
 
-    shape: (C, H, W). Takes the median of a few passes after one to warm up; the model itself is untouched.
+    shape: (C, H, W). precision: as in training. Takes the median of a few passes after one to warm up; the model
+    itself is untouched.
     """
     twin = copy.deepcopy(model).train()
     images = torch.randn(batch_size, *shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -22,7 +25,8 @@ def bare_images_per_second(
     for _ in range(1 + PASSES):
         _wait(device)
         since = time.perf_counter()
-        embeddings = twin(images)
+        with autocast(precision, device):
+            embeddings = twin(images)
         embeddings.backward(torch.ones_like(embeddings))
         _wait(device)
         seconds.append(time.perf_counter() - since)

@@ -16,6 +16,7 @@ _SOFTNESS = (
     (0.0, 56),
     (0.0, 56),
     (0.0, 56),
+    (0.0, 56),
     (0.0, 44),
     (0.009, 56),
     (0.0, 34),
@@ -40,7 +41,7 @@ def expose(scene: Floats, how: Conditions) -> NDArray[np.uint8]:
     light += np.maximum(how.gain, np.float32(0.4))[:, None, None]
     cast = _cast(how, channels)
     bend = np.exp(how.gamma).astype(np.float32)[:, None, None]
-    strength = (np.float32(0.006) + np.float32(0.05) * how.noise * how.noise)[:, None, None]
+    strength = (np.float32(0.006) + np.float32(0.04) * how.noise * how.noise)[:, None, None]
     start = (how.grain * np.float32(_GRAIN_STARTS)).astype(np.int64)
     runs = np.lib.stride_tricks.sliding_window_view(_grain(_GRAIN_STARTS + height * width), height * width)
     picture = np.empty((count, height, width, channels), dtype=np.uint8)
