@@ -12,10 +12,14 @@ from metricface.evaluation.verification import VerificationReport
 
 
 class Board:
-    """Writes events under a folder; `tensorboard --logdir FOLDER` shows them."""
+    """Writes events under a folder; `tensorboard --logdir FOLDER` shows them.
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+    after: the last step of what is there already; events beyond it, from a run that went on after its checkpoint, are
+    replaced.
+    """
+
+    def __init__(self, folder: Path, *, after: int | None = None) -> None:
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if after is None else after + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Curves: one point each at `step`."""

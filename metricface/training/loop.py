@@ -48,7 +48,6 @@ class Run:
     device: torch.device
     model: nn.Module
     held_out: tuple[HeldOut, HeldOut]
-    board: Board
     say: Callable[[str], None]
     index: int = 0
     step: int = 0
@@ -57,6 +56,14 @@ class Run:
     stage_reports: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     _start_weights: dict[str, Tensor] = field(default_factory=dict)
+    _board: Board | None = None
+
+    @property
+    def board(self) -> Board:
+        """Where curves go; opened when the first is written, so that a resumed run knows from which step on."""
+        if self._board is None:
+            self._board = Board(self.folder, after=self.step or None)
+        return self._board
 
     def state_dict(self, under_way: stages.StageRun | None) -> dict[str, Any]:
         """Everything a checkpoint holds."""
@@ -101,7 +108,8 @@ def train(
     folder: gets the recipe, TensorBoard events, the checkpoint, and at the end `report.json` and the embedder in
     `model/`. resume: go on from its checkpoint. stopped: asked after every step; where it says so the run saves
     and returns with `interrupted` set. Raises ValueError for a recipe or data that cannot work (before
-    training), TrainingDivergedError where the loss does, OSError where `folder` cannot be written.
+    training), OSError where `folder` cannot be written, and TrainingDivergedError where a stage diverges: the report
+    and the embedder then hold what the stages before it came to.
     """
     recipes.check(recipe)
     run = _prepare(recipe, folder, say)
@@ -112,7 +120,11 @@ def train(
         _evaluate(run, "start")
         run.save()
     while run.index < len(recipe.stages):
-        _stage(run, state if state and state["stage"] else None, stopped)
+        try:
+            _stage(run, state if state and state["stage"] else None, stopped)
+        except stages.TrainingDivergedError:
+            _give_up(run)
+            raise
         state = None
         if run.interrupted:
             return run
@@ -141,7 +153,7 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
     )
     folder.mkdir(parents=True, exist_ok=True)
     _write(yaml.safe_dump(recipes.as_dict(recipe), sort_keys=False, allow_unicode=True), folder / RECIPE)
-    return Run(recipe, folder, people, device, model, held_out, Board(folder), say)
+    return Run(recipe, folder, people, device, model, held_out, say)
 
 
 def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]) -> None:
@@ -208,6 +220,16 @@ def _evaluate(run: Run, when: str) -> Moment:
         run.board.held_out(run.step, people.name, found.figures, found.scores, found.same, found.curve)
     run.say(f"{when}: " + ", ".join(f"{p.name} {_brief(s.figures)}" for p, s in zip(run.held_out, scored, strict=True)))
     return moment
+
+
+def _give_up(run: Run) -> None:
+    """After a stage that diverged: report and export the weights from before it, if a stage had made them."""
+    if run.index == 0:
+        return
+    name = run.recipe.stages[run.index].name
+    run.model.load_state_dict(run._start_weights)
+    run.notes.append(f"Stage {name!r} diverged; the weights from before it were kept.")
+    _finish(run)
 
 
 def _note_speed(run: Run, under_way: stages.StageRun) -> None:

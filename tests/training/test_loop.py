@@ -140,6 +140,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
 
 
+def test_a_stage_that_diverges_leaves_report_and_embedder_of_the_stages_before_it(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe.stages[1].learning_rate = 1e30
+    with pytest.raises(TrainingDivergedError, match="Stage 'triplet' has diverged"):
+        train(recipe, tmp_path / "run", say=quiet)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["final"]["when"] == "after softmax"
+    assert "Stage 'triplet' diverged" in report["notes"][0]
+    assert np.isfinite(metricface.load(tmp_path / "run" / "model").embed(np.zeros((32, 32, 3), np.uint8))).all()
+
+
 def test_a_budget_is_shared_by_the_stages_and_evaluation_is_not_counted(recipe: Recipe, tmp_path: Path) -> None:
     recipe.budget = "2s"
     recipe.stages[0].share, recipe.stages[1].share = 3.0, 1.0

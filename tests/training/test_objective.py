@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from metricface.heads import Softmax
+from metricface.losses import TripletLoss
+from metricface.miners import BatchHardMiner
+from metricface.training.objective import HeadObjective, MinedObjective
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    embeddings = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    return embeddings, torch.arange(12) // 3
+
+
+def mined(miner: BatchHardMiner | None) -> MinedObjective:
+    return MinedObjective(TripletLoss(0.2), miner, margin=0.2, distance="squared_euclidean", normalize=True)
+
+
+def test_a_mined_objective_is_miner_and_loss_called_by_hand() -> None:
+    embeddings, labels = batch()
+    by_hand = TripletLoss(0.2)(embeddings, labels, BatchHardMiner()(embeddings, labels))
+    assert mined(BatchHardMiner())(embeddings, labels).item() == by_hand.item()
+
+
+def test_without_a_miner_every_triplet_counts_and_nothing_is_said_of_mining() -> None:
+    embeddings, labels = batch()
+    objective = mined(None)
+    assert objective(embeddings, labels).item() == TripletLoss(0.2)(embeddings, labels).item()
+    assert objective.statistics(embeddings, labels) == {}
+
+
+def test_statistics_are_of_the_triplets_that_were_mined() -> None:
+    embeddings, labels = batch()
+    objective = mined(BatchHardMiner())
+    objective(embeddings, labels)
+    found = objective.statistics(embeddings, labels)
+    unit = torch.nn.functional.normalize(embeddings, dim=1)
+    anchor, positive, _ = BatchHardMiner()(embeddings, labels)
+    expected = (unit[anchor] - unit[positive]).square().sum(dim=1).mean()
+    assert found["mining/triplets"] == 12
+    assert found["mining/d_ap_mean"].item() == pytest.approx(expected.item())
+
+
+def test_a_batch_without_positives_gives_loss_zero_and_no_gradient() -> None:
+    embeddings = torch.randn(6, 4, requires_grad=True)
+    value = mined(BatchHardMiner())(embeddings, torch.arange(6))
+    value.backward()
+    assert value.item() == 0.0
+    assert embeddings.grad is not None
+    assert not embeddings.grad.any()
+
+
+def test_a_head_reports_its_accuracy_without_its_margin() -> None:
+    head = Softmax(3, 3, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3))
+    accuracy = HeadObjective(head).statistics(torch.eye(3), torch.tensor([0, 1, 0]))["head/accuracy"]
+    assert accuracy.item() == pytest.approx(2 / 3)
