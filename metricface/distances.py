@@ -9,14 +9,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from metricface.choices import check_choice
+
 Distance = Literal["euclidean", "squared_euclidean", "cosine"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 
 
 def check_distance(distance: str) -> None:
     """Raise ValueError, listing the right names, unless `distance` is one of them."""
-    if distance not in DISTANCES:
-        raise ValueError(f"distance={distance!r} is unknown; use one of {', '.join(map(repr, DISTANCES))}.")
+    check_choice("distance", distance, DISTANCES)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

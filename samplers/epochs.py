@@ -1,6 +1,7 @@
 """What all samplers share: epochs, position, state, ranks."""
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class _Pass:
         return self.first + self.consumed.count()
 
 
-class EpochBatchSampler(Sampler[list[int]]):
+class EpochBatchSampler(Sampler[list[int]], ABC):
     """A batch sampler whose order depends on (seed, epoch) alone. Subclasses write `_batches`, and nothing else moves.
 
     Epochs: an epoch is finished when training has received all its batches; the next iteration then serves the next
@@ -58,9 +59,9 @@ class EpochBatchSampler(Sampler[list[int]]):
         self._passes: list[_Pass] = []
         self._driven = False
 
+    @abstractmethod
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         """Yield batches `first`, `first + 1`, ... of an epoch, this rank's share; a function of these and the plan."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Batches of a whole epoch, whatever the position."""

@@ -6,8 +6,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from metricface.choices import check_choice
 from metricface.losses.gathering import distance_matrix, distances_of
-from metricface.losses.reduction import check_choice, mean_over
+from metricface.losses.reduction import mean_over
 from metricface.losses.streaming import Sum, anchor_chunks, streamed
 from metricface.tuples import Batch, as_pairs, check_batch
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metricface.distances import Distance, paired, without_autocast
 from metricface.losses.gathering import distance_matrix
+from metricface.miners import kernels
 from metricface.tuples import Batch
 
 # Numbers in the largest tensor of a chunk: 8 MB in float32, of which some ten are alive at once.
@@ -75,28 +76,6 @@ def anchor_chunks(batch: Batch) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(batch.labels), rows)]
 
 
-class PositivePairs(NamedTuple):
-    """Every positive pair of a batch, sorted by anchor: int64 (P,), (P,); and how many negatives each anchor has."""
-
-    anchor: Tensor
-    positive: Tensor
-    negatives: Tensor  # int64 (B,)
-
-
-def positive_pairs(batch: Batch) -> PositivePairs:
-    """List the positive pairs without a (B, R) mask: references sorted by identity, each anchor reads its own run."""
-    labels, ref_labels = batch.labels.long(), batch.ref_labels.long()
-    by_label = ref_labels.argsort(stable=True)
-    sorted_labels = ref_labels[by_label]
-    first = torch.searchsorted(sorted_labels, labels)  # (B,)
-    same = torch.searchsorted(sorted_labels, labels, right=True) - first  # (B,) references of the anchor's identity
-    anchor = torch.arange(len(labels), device=labels.device).repeat_interleave(same)
-    place = torch.arange(len(anchor), device=labels.device) - (same.cumsum(0) - same)[anchor]
-    positive = by_label[first[anchor] + place]
-    not_itself = positive != batch.self_index[anchor]
-    return PositivePairs(anchor[not_itself], positive[not_itself], len(ref_labels) - same)
-
-
 class TripletSums(NamedTuple):
     """Of every triplet of a batch, 0-dim: the sum of losses, how many losses exceed 0, how many triplets there are."""
 
@@ -111,10 +90,11 @@ def every_triplet(batch: Batch, distance: Distance, loss: Callable[[Tensor, Tens
     loss: elementwise and broadcasting; 0 with gradient 0 where d_an is infinite. Triplets are never listed: a chunk
     holds (positive pairs, R) losses.
     """
-    pairs = positive_pairs(batch)
+    identities = kernels.find_identities(batch)
+    anchors, positives = kernels.positive_pairs(batch, identities)
 
     def contribution(chunk: slice, embeddings: Tensor, ref_emb: Tensor) -> Sum:
-        anchor, positive = pairs.anchor[chunk], pairs.positive[chunk]
+        anchor, positive = anchors[chunk], positives[chunk]
         rows, row_of_pair = torch.unique_consecutive(anchor, return_inverse=True)
         d_ap = paired(embeddings.index_select(0, anchor), ref_emb.index_select(0, positive), distance)  # (p,)
         d_an = distance_matrix(embeddings.index_select(0, rows), ref_emb, distance)  # (rows, R)
@@ -123,6 +103,6 @@ def every_triplet(batch: Batch, distance: Distance, loss: Callable[[Tensor, Tens
         return Sum(losses.sum(), (losses > 0).sum())
 
     size = max(1, CHUNK_NUMBERS // max(1, *batch.ref_emb.shape))
-    chunks = [slice(start, start + size) for start in range(0, len(pairs.anchor), size)]
+    chunks = [slice(start, start + size) for start in range(0, len(anchors), size)]
     total, active = streamed(contribution, chunks, batch.embeddings, batch.ref_emb)
-    return TripletSums(total, active, pairs.negatives[pairs.anchor].sum())
+    return TripletSums(total, active, identities.negatives[anchors].sum())

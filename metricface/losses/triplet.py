@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metricface.choices import check_choice
 from metricface.distances import Distance
 from metricface.losses.gathering import distances_of
-from metricface.losses.reduction import check_choice, mean_over
+from metricface.losses.reduction import mean_over
 from metricface.losses.streaming import TripletSums, every_triplet
 from metricface.tuples import Batch, as_triplets, check_batch
 

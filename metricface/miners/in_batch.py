@@ -1,10 +1,12 @@
 """Miners that choose among the images of a batch (or among given references), one triplet a pair or an anchor."""
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from metricface.choices import check_choice
 from metricface.distances import Distance, check_distance
 from metricface.miners import kernels
 from metricface.miners.kernels import Identities, Tile
@@ -38,7 +40,7 @@ class Chosen(NamedTuple):
     pairs_without_candidate: Tensor
 
 
-class _Miner(nn.Module):
+class _Miner(nn.Module, ABC):
     """What the miners share: checking the batch, its identities, and counts. No gradient is kept."""
 
     def __init__(self, *, normalize: bool, tile_rows: int | None = None) -> None:
@@ -80,8 +82,9 @@ class _Miner(nn.Module):
         )
         return chosen.triplets
 
+    @abstractmethod
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
-        raise NotImplementedError
+        """Choose triplets from a checked batch."""
 
 
 class SemiHardMiner(_Miner):
@@ -111,8 +114,8 @@ class SemiHardMiner(_Miner):
         super().__init__(normalize=normalize, tile_rows=tile_rows)
         if not margin > 0:
             raise ValueError(f"SemiHardMiner needs margin > 0, the width of its window; found {margin}.")
-        _check_choice("negative", negative, get_args(Negative))
-        _check_choice("fallback", fallback, get_args(SemiHardFallback))
+        check_choice("negative", negative, get_args(Negative))
+        check_choice("fallback", fallback, get_args(SemiHardFallback))
         check_distance(distance)
         self.margin, self.negative, self.fallback = margin, negative, fallback
         self.distance, self.generator = distance, generator
@@ -201,7 +204,7 @@ class DistanceWeightedMiner(_Miner):
                 "DistanceWeightedMiner needs 0 < cutoff < nonzero_loss_cutoff and cutoff < 2 (unit rows); "
                 f"found cutoff={cutoff}, nonzero_loss_cutoff={nonzero_loss_cutoff}."
             )
-        _check_choice("fallback", fallback, get_args(WeightedFallback))
+        check_choice("fallback", fallback, get_args(WeightedFallback))
         self.cutoff, self.nonzero_loss_cutoff = cutoff, nonzero_loss_cutoff
         self.fallback, self.generator = fallback, generator
 
@@ -255,11 +258,6 @@ class RandomMiner(_Miner):
         kept = negatives > 0
         triplets = Triplets(anchor[kept], positive[kept], identities.by_label[drawn[kept]])
         return Chosen(triplets, identities.positives.sum(), (~kept).sum())
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}.")
 
 
 def _repr(miner: _Miner) -> str:

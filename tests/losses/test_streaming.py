@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss, streaming
-from metricface.losses.streaming import Sum, positive_pairs, streamed
-from metricface.tuples import check_batch
+from metricface.losses.streaming import Sum, streamed
 
 LOSSES: list[Callable[[], nn.Module]] = [
     ContrastiveLoss,
@@ -98,19 +97,3 @@ def test_only_the_inputs_that_ask_for_a_gradient_get_one() -> None:
     assert x.grad is not None
     assert x.grad.tolist() == [3.0, 3.0, 3.0]
     assert fixed.grad is None
-
-
-def test_positive_pairs_are_those_of_the_mask_also_with_references_and_self_index() -> None:
-    generator = torch.Generator().manual_seed(11)
-    labels, ref_labels = (torch.randint(-2, 5, (n,), generator=generator) for n in (9, 14))
-    ref_labels[:9] = labels
-    self_index = torch.tensor([-1, 1, 2, -1, 4, 5, 6, -1, 8])
-    for batch in (
-        check_batch(torch.randn(9, 2), labels),
-        check_batch(torch.randn(9, 2), labels, torch.randn(14, 2), ref_labels, self_index),
-        check_batch(torch.randn(9, 2), labels.int(), torch.randn(14, 2), ref_labels),
-    ):
-        anchor, positive, negatives = positive_pairs(batch)
-        expected = batch.positive_mask().nonzero()
-        assert torch.equal(torch.stack([anchor, positive], dim=1), expected)
-        assert torch.equal(negatives, batch.negative_mask().sum(dim=1))

@@ -1,0 +1,24 @@
+"""The shipped recipes on the real sets, at a reduced budget: `make test-slow`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metricface.cli.train import main
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfw", "omniglot", "orl"])
+def test_a_shipped_recipe_learns_from_its_real_set(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    out = tmp_path / "out"
+    assert (
+        main([str(RECIPES / f"{name}.yaml"), "--data.train", str(folder), "--budget", "12s", "--output", str(out)]) == 0
+    )
+    history = json.loads((out / "report.json").read_text())["history"]
+    start, end = history[0]["test"], [moment for moment in history if moment["kept"]][-1]["test"]
+    assert end["map_at_r"] > start["map_at_r"] + 0.05
+    assert end["people"] == {"lfw": 808, "omniglot": end["people"], "orl": 10}[name]
