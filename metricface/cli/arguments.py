@@ -1,6 +1,7 @@
 """The command line of `metricface-train`: a recipe, dotted overrides, an output folder."""
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,31 +35,30 @@ class Command:
 
 def parse(argv: Sequence[str]) -> Command:
     """Read the command line; on wrong arguments print what is wrong to stderr and exit with 2, as argparse does."""
-    parser = _parser()
+    parser = _parser(default_stages=True)
     arguments = list(argv)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--recipe")  # the recipe may come first without its name
     try:
         arguments, overrides = _split_overrides(arguments)
-        recipe, output, resume = _read(parser, arguments, overrides)
+        recipe, output, resume = _read(arguments, overrides)
         if resume is None:
             return Command(recipe, _new_folder(output, recipe.name), resume=False)
         folder = _old_folder(resume or output, recipe.name)
-        saved, *_ = _read(parser, ["--recipe", str(folder / RECIPE)], {})
-        asked, *_ = _read(parser, ["--recipe", str(folder / RECIPE), *arguments], overrides)
+        saved, *_ = _read(["--recipe", str(folder / RECIPE)], {})
+        asked, *_ = _read(["--recipe", str(folder / RECIPE), *arguments], overrides)
         _check_same(saved, asked, folder)
         return Command(asked, folder, resume=True)
     except ValueError as error:
         parser.error(str(error))
 
 
-def _parser() -> ArgumentParser:
+def _parser(*, default_stages: bool) -> ArgumentParser:
     parser = ArgumentParser(prog="metricface-train", description=DESCRIPTION)
     parser.add_argument("--recipe", action="config", help="A recipe file (YAML); also as the first argument.")
     parser.add_class_arguments(Recipe, None)
-    parser.set_defaults(
-        {"stages": as_dict(Recipe())["stages"]}
-    )  # as plain values, so that --print_config can show them
+    # As plain values, so that --print_config can show them.
+    parser.set_defaults({"stages": as_dict(Recipe())["stages"] if default_stages else []})
     parser.add_argument("--output", type=str | None, default=None, help="Folder for the run (default: runs/NAME).")
     parser.add_argument(
         "--resume", nargs="?", const="", default=None, help="Go on with the run in this folder (default: the newest)."
@@ -67,8 +67,10 @@ def _parser() -> ArgumentParser:
 
 
 def _read(
-    parser: ArgumentParser, arguments: list[str], overrides: dict[str, list[tuple[list[str], Any]]]
+    arguments: list[str], overrides: dict[str, list[tuple[list[str], Any]]]
 ) -> tuple[Recipe, str | None, str | None]:
+    # jsonargparse would fill each stage of a recipe up with the options of the default stage in its place.
+    parser = _parser(default_stages=not _brings_stages(arguments))
     config = parser.parse_args(arguments)
     plain = config.as_dict()
     plain.pop("recipe", None)
@@ -76,6 +78,15 @@ def _read(
     plain["stages"] = _override(plain["stages"], overrides)
     made = parser.instantiate(parser.parse_object(plain))
     return Recipe(**{field.name: made[field.name] for field in fields(Recipe)}), output, resume
+
+
+def _brings_stages(arguments: list[str]) -> bool:
+    files = [Path(value) for name, value in itertools.pairwise(arguments) if name == "--recipe"]
+    files += [Path(argument.partition("=")[2]) for argument in arguments if argument.startswith("--recipe=")]
+    try:
+        return any("stages" in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) for file in files)
+    except (OSError, TypeError, yaml.YAMLError):
+        return False  # the parser will say what is wrong with the file
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, list[tuple[list[str], Any]]]]:

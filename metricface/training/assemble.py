@@ -27,6 +27,7 @@ LOSSES = _by_name(losses.ContrastiveLoss, losses.TripletLoss, losses.MarginBased
 MINERS = _by_name(miners.SemiHardMiner, miners.BatchHardMiner, miners.DistanceWeightedMiner, miners.RandomMiner)
 SAMPLERS = _by_name(ImageBatchSampler, IdentityBalancedBatchSampler)
 OPTIMIZERS = _by_name(SGD, Adam, AdamW)
+DEFAULT_OPTIMIZER = Component("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4})
 
 
 def build(kind: str, component: Component, known: Mapping[str, Callable[..., Any]], *fixed: Any, **named: Any) -> Any:
@@ -90,12 +91,34 @@ def model(recipe: Recipe, on: torch.device) -> nn.Module:
 
 
 def sampler(stage: Stage, images: ImageSet, seed: int) -> Sampler:
-    """Batches for a stage over the training people."""
+    """Batches for a stage over the training people.
+
+    People with one image offer no positive pair. Where the recipe does not say how many of them a balanced batch
+    takes as negatives (`singletons_per_batch`), it takes as many as it has identities, if there are so many.
+    """
     if stage.sampler.name == ImageBatchSampler.__name__:
-        made: Sampler = build("sampler", stage.sampler, SAMPLERS, len(images), seed=seed)
-    else:
-        made = build("sampler", stage.sampler, SAMPLERS, images.labels, seed=seed)
+        plain: Sampler = build("sampler", stage.sampler, SAMPLERS, len(images), seed=seed)
+        return plain
+    options = dict(stage.sampler.options)
+    singles = int((images.counts() == 1).sum())
+    options.setdefault("singletons_per_batch", min(singles, options.get("identities_per_batch", 0)))
+    made: Sampler = build("sampler", Component(stage.sampler.name, options), SAMPLERS, images.labels, seed=seed)
     return made
+
+
+def describe(batches: Sampler) -> str:
+    """One line about the batches of a stage: how many, of what, and whom they leave out."""
+    text = f"{len(batches):,} batches an epoch"
+    if isinstance(batches, ImageBatchSampler):
+        return f"{text}, each image once"
+    text += f" of {batches.identities_per_batch} identities x {batches.images_per_identity} images"
+    if batches.singletons_per_batch:
+        text += f" + {batches.singletons_per_batch} people with one image, as negatives"
+    if batches.left_out_identities:
+        text += (
+            f"; {batches.left_out_identities:,} identities ({batches.left_out_images:,} images) left out as too small"
+        )
+    return text
 
 
 def objective(stage: Stage, recipe: Recipe, num_classes: int) -> Objective:
@@ -127,7 +150,9 @@ def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
         vectors = [p for p in parameters if p.ndim <= 1]
         groups += [{"params": matrices, "peak": peak}] if matrices else []
         groups += [{"params": vectors, "peak": peak, "weight_decay": 0.0}] if vectors else []
-    made: Optimizer = build("optimizer", stage.optimizer, OPTIMIZERS, groups, lr=stage.learning_rate)
+    made: Optimizer = build(
+        "optimizer", stage.optimizer or DEFAULT_OPTIMIZER, OPTIMIZERS, groups, lr=stage.learning_rate
+    )
     return made
 
 

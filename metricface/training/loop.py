@@ -166,6 +166,7 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
         run.say(f"Going on with stage {stage.name!r} at step {under_way.clock.steps:,}.")
     else:
         run._start_weights = _copy(run.model)
+        run.say(f"stage {stage.name}: {assemble.describe(under_way.sampler)}")
     steps_before = run.step - under_way.clock.steps
 
     def report(step: int, scalars: dict[str, float]) -> None:

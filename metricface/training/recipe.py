@@ -74,6 +74,8 @@ class Stage:
     Give either `head` (classification; dropped when the stage ends) or `loss` with a `miner` (no miner: every pair or
     triplet of the batch). Length: `share` of the recipe's budget, or `epochs`, or `steps`.
     learning_rate: the peak, reached after `warmup` (share of the stage) and then led down by `schedule`.
+    optimizer: none: SGD with Nesterov momentum 0.9 and weight decay 5e-4. objective_learning_rate: for the head's or
+    loss's own parameters; none: the same as the trunk's.
     batch_norm: `train`, or `frozen` to keep the statistics of the stage before (weights still learn).
     """
 
@@ -88,9 +90,7 @@ class Stage:
     learning_rate: float = 0.1
     warmup: float = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    optimizer: Component = field(
-        default_factory=lambda: Component("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4})
-    )
+    optimizer: Component | None = None
     objective_learning_rate: float | None = None
     batch_norm: Literal["train", "frozen"] = "train"
     clip_norm: float | None = None

@@ -5,7 +5,7 @@ import yaml
 
 from metricface.cli.arguments import Command, parse
 from metricface.training.loop import RECIPE
-from metricface.training.recipe import Component, Recipe, as_dict
+from metricface.training.recipe import Component, Recipe, Stage, as_dict
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,15 @@ def test_a_recipe_file_comes_first_and_later_settings_win() -> None:
     Path("r.yaml").write_text("name: mine\nseed: 5\ndata: {height: 40}\n")
     recipe = parse(["r.yaml", "--seed", "6"]).recipe
     assert (recipe.name, recipe.seed, recipe.data.height, recipe.data.width) == ("mine", 6, 40, 56)
+
+
+def test_the_stages_of_a_recipe_file_owe_nothing_to_the_default_stages() -> None:
+    Path("r.yaml").write_text("""
+stages:
+- {name: a, sampler: {name: ImageBatchSampler}, head: {name: Softmax}, optimizer: {name: Adam}}
+""")
+    only = parse(["r.yaml"]).recipe.stages
+    assert only == [Stage("a", Component("ImageBatchSampler"), head=Component("Softmax"), optimizer=Component("Adam"))]
 
 
 def test_a_stage_is_reached_by_its_name_or_number() -> None:

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -
     for step in (10, 20, 30):
         first.scalars(step, {"loss": float(step)})
     first.close()
+    time.sleep(1.1)  # event files are read in the order of their names, which tell seconds
     second = Board(tmp_path, after=20)
     second.scalars(30, {"loss": -1.0})
     second.close()

@@ -221,3 +221,19 @@ def test_a_recipe_that_cannot_work_fails_before_training(
     with pytest.raises(ValueError, match=says):
         train(recipe, tmp_path / "run", say=quiet)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_people_with_one_image_become_negatives_of_balanced_batches_and_are_said_so(
+    recipe: Recipe, tmp_path: Path, people_folder: Path
+) -> None:
+    for person in sorted(people_folder.iterdir())[:6]:
+        for image in sorted(person.iterdir())[1:]:
+            image.unlink()
+    recipe.data.train = str(people_folder)
+    recipe.data.validation_share = 0.3
+    recipe.stages[1].sampler.options["identities_per_batch"] = 3
+    said: list[str] = []
+    run = train(recipe, tmp_path / "run", say=said.append)
+    singles = min(3, int((run.people.training.counts() == 1).sum()))
+    assert singles > 0
+    assert any(f"3 identities x 3 images + {singles} people with one image, as negatives" in line for line in said)
