@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from metricface.training.loop import RECIPE
+from metricface.training.loop import CHECKPOINT, RECIPE
 from metricface.training.recipe import Recipe, as_dict, differences
 
 RUNS = Path("runs")
+PARTS = ("sampler", "head", "loss", "miner", "optimizer")
 # Settings that change how fast a run goes or what it shows, never what it computes: free to differ on --resume.
 FREE_ON_RESUME = ("threads", "data.workers", "data.memory_mib", "log_every", "checkpoint_every")
 
@@ -40,11 +41,17 @@ def parse(argv: Sequence[str]) -> Command:
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--recipe")  # the recipe may come first without its name
     try:
-        arguments, overrides = _split_overrides(arguments)
+        shows = "--print_config" in arguments
+        arguments, overrides = _split_overrides([a for a in arguments if a != "--print_config"])
         recipe, output, resume = _read(arguments, overrides)
+        if shows:
+            print(yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True), end="")
+            parser.exit(0)
         if resume is None:
             return Command(recipe, _new_folder(output, recipe.name), resume=False)
-        folder = _old_folder(resume or output, recipe.name)
+        if resume and output:
+            raise ValueError(f"--resume {resume} and --output {output}: a run goes on in its own folder; give one.")
+        folder = _old_folder(resume or output)
         saved, *_ = _read(["--recipe", str(folder / RECIPE)], {})
         asked, *_ = _read(["--recipe", str(folder / RECIPE), *arguments], overrides)
         _check_same(saved, asked, folder)
@@ -61,7 +68,11 @@ def _parser(*, default_stages: bool) -> ArgumentParser:
     parser.set_defaults({"stages": as_dict(Recipe())["stages"] if default_stages else []})
     parser.add_argument("--output", type=str | None, default=None, help="Folder for the run (default: runs/NAME).")
     parser.add_argument(
-        "--resume", nargs="?", const="", default=None, help="Go on with the run in this folder (default: the newest)."
+        "--resume",
+        nargs="?",
+        const="",
+        default=None,
+        help="Go on with the run in this folder (default: the last in runs/).",
     )
     return parser
 
@@ -76,7 +87,8 @@ def _read(
     plain.pop("recipe", None)
     output, resume = plain.pop("output", None), plain.pop("resume", None)
     plain["stages"] = _override(plain["stages"], overrides)
-    made = parser.instantiate(parser.parse_object(plain))
+    complete = _parser(default_stages=False)
+    made = complete.instantiate(complete.parse_object(plain))
     return Recipe(**{field.name: made[field.name] for field in fields(Recipe)}), output, resume
 
 
@@ -101,7 +113,9 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, list[tu
             rest.append(argument)
             continue
         if not has_value:
-            value = next(left, "")
+            value = next(left, "--")
+            if value.startswith("--"):
+                raise ValueError(f"{name} has no value; write {name}=VALUE.")
         overrides.setdefault(path[1], []).append((path[2:], yaml.safe_load(value)))
     return rest, overrides
 
@@ -113,24 +127,28 @@ def _override(stages: list[Any], overrides: dict[str, list[tuple[list[str], Any]
         if name not in by_name:
             known = ", ".join(stage["name"] for stage in changed)
             raise ValueError(f"--stages.{name}: the recipe has no stage of that name; its stages are {known}.")
-        for path, value in settings:
+        # Names first: a part that is replaced starts without the options of the one before it.
+        for path, value in sorted(settings, key=lambda setting: setting[0][-1] not in ("name", *PARTS)):
             _set(by_name[name], path, value)
     return changed
 
 
 def _set(node: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        if node.get(key) is None:
-            node[key] = {}
-        node = node[key]
-    key = path[-1]
-    # --stages.triplet.miner SemiHardMiner means the miner of that name with its default options
-    is_component = isinstance(value, str) and key in ("sampler", "head", "loss", "miner", "optimizer")
-    node[key] = {"name": value} if is_component else value
+    *way, key = path
+    if way and way[-1] in PARTS and key == "name":
+        *way, key = way
+    for step in way:
+        if not isinstance(node.setdefault(step, {}), dict | None):
+            raise ValueError(f"--stages...{'.'.join(path)}: {step} holds one value and has no settings of its own.")
+        if node[step] is None:
+            node[step] = {}
+        node = node[step]
+    # --stages.triplet.miner SemiHardMiner means the miner of that name with its default options.
+    node[key] = {"name": value} if key in PARTS and isinstance(value, str) else value
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return (folder / RECIPE).exists()
+    return (folder / CHECKPOINT).exists()
 
 
 def _new_folder(output: str | None, name: str) -> Path:
@@ -144,26 +162,24 @@ def _new_folder(output: str | None, name: str) -> Path:
             raise ValueError(f"--output {folder} is a file; give a folder.")
         return folder
     number = 1
-    while _holds_a_run(_numbered(name, number)):
-        number += 1
-    return _numbered(name, number)
+    while True:
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)  # makes it ours: a run started at the same moment takes the next number
+            return folder
+        except FileExistsError:
+            number += 1
 
 
-def _old_folder(given: str | None, name: str) -> Path:
+def _old_folder(given: str | None) -> Path:
     if given:
         if not _holds_a_run(Path(given)):
-            raise ValueError(f"--resume: {given} holds no run (no {RECIPE} in it).")
+            raise ValueError(f"--resume: {given} holds no run that can go on (no {CHECKPOINT} in it); start it again.")
         return Path(given)
-    number = 0
-    while _holds_a_run(_numbered(name, number + 1)):
-        number += 1
-    if number == 0:
-        raise ValueError(f"--resume: there is no run {_numbered(name, 1)}; say which folder: --resume FOLDER.")
-    return _numbered(name, number)
-
-
-def _numbered(name: str, number: int) -> Path:
-    return RUNS / (name if number == 1 else f"{name}-{number}")
+    runs = sorted(RUNS.glob(f"*/{CHECKPOINT}"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise ValueError(f"--resume: there is no run in {RUNS}/; say which folder: --resume FOLDER.")
+    return runs[-1].parent
 
 
 def _check_same(saved: Recipe, asked: Recipe, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """`metricface-train`: from a recipe to a trained embedder and its figures."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -24,12 +26,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = train(command.recipe, command.folder, resume=command.resume, stopped=stopped, say=say)
         except (ValueError, OSError, TrainingDivergedError) as error:
             print(f"metricface-train: {error}", file=sys.stderr)
+            _leave_no_empty_folder(command.folder)
             return 1
+        except KeyboardInterrupt:
+            print("metricface-train: stopped at once; what the last checkpoint holds is saved.", file=sys.stderr)
+            _leave_no_empty_folder(command.folder)
+            return INTERRUPTED
     if run.interrupted:
         say(f"Interrupted; everything is saved. Go on with: metricface-train --resume {run.folder}")
         return INTERRUPTED
     say("\n" + _summary(run))
     return 0
+
+
+def _leave_no_empty_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not there, or holds something
+        folder.rmdir()
 
 
 def _summary(run: Run) -> str:
@@ -45,12 +57,15 @@ def _summary(run: Run) -> str:
         table(rows),
         "",
         f"Kept: the weights {kept.when}. Test people: {test['people']:,}, {test['images']:,} images, "
-        f"{test['genuine_pairs']:,} genuine and {test['impostor_pairs']:,} impostor pairs.",
+        f"{test['genuine_pairs']:,} genuine and {test['impostor_pairs']:,} impostor pairs; accuracy on "
+        f"{test['accuracy_genuine_pairs']:,} + {test['accuracy_impostor_pairs']:,} of them in "
+        f"{test['accuracy_folds']} folds.",
     ]
     if "listed/accuracy" in test:
         lines.append(
-            f"Listed pairs: accuracy {test['listed/accuracy']:.4f} ± {test['listed/accuracy_se']:.4f} "
-            f"({test['listed/genuine_pairs']:,} + {test['listed/impostor_pairs']:,} pairs)."
+            f"Listed pairs: accuracy {test['listed/accuracy']:.4f} ± {test['listed/accuracy_se']:.4f}, AUC "
+            f"{test['listed/auc']:.4f} ({test['listed/genuine_pairs']:,} genuine, {test['listed/impostor_pairs']:,} "
+            f"impostor pairs, {test['listed/missing_pairs']:,} left out as missing)."
         )
     lines += run.notes
     lines.append(

@@ -108,14 +108,19 @@ class SkippedFile(NamedTuple):
 
 
 class UnreadableImageError(ValueError):
-    """An image of a set could not be decoded."""
+    """An image of a set could not be decoded.
 
-    def __init__(self, key: str, reason: str) -> None:
+    With one argument that is the whole message: a loader's worker hands exceptions on in this form.
+    """
+
+    def __init__(self, key: str, reason: str | None = None) -> None:
         super().__init__(key, reason)
         self.key = key
         self.reason = reason
 
     def __str__(self) -> str:
+        if self.reason is None:
+            return self.key
         return (
             f"cannot read image {self.key}: {self.reason}. Remove or replace it, or use the set's verified() or "
             "in_memory(), which leave such images out and list them in .skipped."
@@ -257,7 +262,7 @@ class ImageSet(Dataset[ImageBatch], ABC):
                 try:
                     sink(index, self.read([index]))
                 except UnreadableImageError as error:
-                    failures[index] = SkippedFile(error.key, error.reason)
+                    failures[index] = SkippedFile(error.key, error.reason or "")
             return failures
 
         failures: dict[int, SkippedFile] = {}

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -35,24 +35,54 @@ def build(kind: str, component: Component, known: Mapping[str, Callable[..., Any
 
     Raises ValueError for an unknown name or option, listing the right ones, and for values that it rejects.
     """
-    if component.name not in known:
-        raise ValueError(f"The recipe names the {kind} {component.name!r}; known are {', '.join(sorted(known))}.")
-    make = known[component.name]
-    accepted = list(inspect.signature(make).parameters)[len(fixed) :]
-    unknown = [option for option in component.options if option not in accepted or option in named]
-    if unknown:
-        right = ", ".join(name for name in accepted if name not in named) or "none"
-        raise ValueError(f"The {kind} {component.name} has no option {', '.join(unknown)}; its options are: {right}.")
+    make = _find(kind, component, known, len(fixed), tuple(named))
     try:
         return make(*fixed, **named, **component.options)
     except TypeError as error:
         raise ValueError(f"The {kind} {component.name} cannot be made from {component.options}: {error}.") from error
 
 
+def _find(
+    kind: str,
+    component: Component,
+    known: Mapping[str, Callable[..., Any]],
+    fixed: int = 0,
+    named: tuple[str, ...] = (),
+) -> Callable[..., Any]:
+    """What makes the component, its name and the names of its options checked."""
+    if component.name not in known:
+        raise ValueError(f"The recipe names the {kind} {component.name!r}; known are {', '.join(sorted(known))}.")
+    make = known[component.name]
+    accepted = [name for name in list(inspect.signature(make).parameters)[fixed:] if name not in named]
+    unknown = [option for option in component.options if option not in accepted]
+    if unknown:
+        right = ", ".join(accepted) or "none"
+        raise ValueError(f"The {kind} {component.name} has no option {', '.join(unknown)}; its options are: {right}.")
+    return make
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise ValueError for parts and options that do not exist, before any image is read."""
+    for stage in recipe.stages:
+        _find("sampler", stage.sampler, SAMPLERS, 1, ("seed", "rank", "world_size"))
+        for kind, component, known, fixed in (
+            ("head", stage.head, HEADS, 2),
+            ("loss", stage.loss, LOSSES, 0),
+            ("miner", stage.miner, MINERS, 0),
+            ("optimizer", stage.optimizer, OPTIMIZERS, 1),
+        ):
+            if component is not None:
+                _find(kind, component, known, fixed, ("lr", "generator", "num_classes"))
+
+
 def device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {error}. Use auto, cpu or cuda.") from error
     return torch.device(name)
 
 
@@ -79,14 +109,19 @@ def autocast(dtype: torch.dtype, on: torch.device) -> torch.autocast:
 
 def model(recipe: Recipe, on: torch.device) -> nn.Module:
     """The trunk, in channels_last layout, which CPUs and GPUs convolve fastest."""
-    made = models.build(
-        recipe.model.name,
-        embedding_dim=recipe.model.embedding_dim,
-        channels=3 if recipe.data.channels == "rgb" else 1,
-        height=recipe.data.height,
-        width=recipe.data.width,
-        **recipe.model.options,
-    )
+    try:
+        made = models.build(
+            recipe.model.name,
+            embedding_dim=recipe.model.embedding_dim,
+            channels=3 if recipe.data.channels == "rgb" else 1,
+            height=recipe.data.height,
+            width=recipe.data.width,
+            **recipe.model.options,
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"The network {recipe.model.name} cannot be made from {recipe.model.options}: {error}."
+        ) from error
     return made.to(device=on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
@@ -133,11 +168,18 @@ def objective(stage: Stage, recipe: Recipe, num_classes: int) -> Objective:
     return MinedObjective(
         loss,
         miner,
-        # one of a triplet's two pairs violates beta -+ alpha wherever d_ap + 2 alpha > d_an
-        margin=loss.margin if hasattr(loss, "margin") else 2.0 * loss.alpha,
+        margin=_triplet_margin(loss),
         distance=getattr(loss, "distance", "euclidean"),
         normalize=getattr(loss, "normalize", True),
     )
+
+
+def _triplet_margin(loss: nn.Module) -> float | Literal["soft"] | None:
+    """Below which d_an - d_ap a triplet has a loss."""
+    if isinstance(loss, losses.TripletLoss):
+        return loss.margin
+    # One of a triplet's two pairs violates beta -+ alpha wherever d_ap + 2 alpha > d_an.
+    return 2.0 * loss.alpha if isinstance(loss, losses.MarginBasedLoss) else None
 
 
 def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
@@ -159,11 +201,16 @@ def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
 def rehearse(recipe: Recipe, images: ImageSet) -> None:
     """Make every stage's parts once and drop them, so that a wrong name or size is found before the first stage."""
     for stage in recipe.stages:
-        sampler(stage, images, recipe.seed)
-        goal = objective(stage, recipe, len(images.identities))
-        optimizer(stage, nn.Linear(1, 1), goal)
+        try:
+            sampler(stage, images, recipe.seed)
+            goal = objective(stage, recipe, len(images.identities))
+            optimizer(stage, nn.Linear(1, 1), goal)
+        except ValueError as error:
+            raise ValueError(f"Stage {stage.name!r}: {error}") from error
 
 
 def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[ImageBatch]:
     """Whole batches of a set; read ahead by `workers` processes (0 for a set in memory, where a batch is one copy)."""
-    return DataLoader(images, batch_sampler=batches, collate_fn=keep, num_workers=workers)
+    # Its own generator: each pass over a loader draws a number, and a resumed run makes one pass more.
+    own = torch.Generator()
+    return DataLoader(images, batch_sampler=batches, collate_fn=keep, num_workers=workers, generator=own)

@@ -98,6 +98,9 @@ def _named(report: VerificationReport, prefix: str) -> Figures:
         "threshold": report.threshold,
         "auc": report.auc,
         "eer": report.eer,
+        "accuracy_folds": len(report.fold_accuracies),
+        "accuracy_genuine_pairs": report.accuracy_genuine,
+        "accuracy_impostor_pairs": report.accuracy_impostors,
         "genuine_pairs": report.genuine,
         "impostor_pairs": report.impostors,
     }

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as a request to stop at the next safe place."""
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -9,19 +10,23 @@ from typing import Self
 class StopRequest:
     """Inside `with StopRequest() as stopped`, `stopped()` says whether a stop was asked for.
 
-    The first SIGINT or SIGTERM only sets the flag, so that a step, an evaluation or a checkpoint is finished; a second
-    one raises KeyboardInterrupt at once. Only the main thread may enter.
+    Once somebody has asked, the first SIGINT or SIGTERM only sets the flag, so that a step, an evaluation or a
+    checkpoint is finished. A second one, or one before there is anything to save, raises KeyboardInterrupt at once.
+    Only the main thread may enter; processes forked inside ignore the signals and leave them to it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, say: Callable[[str], None] = print) -> None:
         self._asked = False
+        self._answered = False
+        self._process = os.getpid()
         self._say = say
         self._before: dict[signal.Signals, object] = {}
 
     def __call__(self) -> bool:
         """Whether a stop was asked for."""
+        self._answered = True
         return self._asked
 
     def __enter__(self) -> Self:
@@ -33,7 +38,9 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if os.getpid() != self._process:
+            return
+        if self._asked or not self._answered:
             raise KeyboardInterrupt
         self._asked = True
         self._say("\nStopping at the next safe place, with a checkpoint (press Ctrl-C again to stop at once).")

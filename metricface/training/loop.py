@@ -60,15 +60,15 @@ class Run:
 
     @property
     def board(self) -> Board:
-        """Where curves go; opened when the first is written, so that a resumed run knows from which step on."""
+        """Where curves go; opened when the first is written, or by `restore`, which knows from which step on."""
         if self._board is None:
-            self._board = Board(self.folder, after=self.step or None)
+            self._board = Board(self.folder)
         return self._board
 
     def state_dict(self, under_way: stages.StageRun | None) -> dict[str, Any]:
         """Everything a checkpoint holds."""
         return {
-            "recipe": recipes.as_dict(self.recipe),
+            "people": self.people.digest(),
             "index": self.index,
             "step": self.step,
             "model": self.model.state_dict(),
@@ -86,13 +86,23 @@ class Run:
         checkpoint.save(self.state_dict(under_way), self.folder / CHECKPOINT)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint, but for the stage under way."""
+        """Take up the state of a checkpoint, but for the stage under way.
+
+        Raises ValueError where the images are not those the run was started with: people once trained on could
+        otherwise end up among those that are scored.
+        """
+        if state["people"] != self.people.digest():
+            raise ValueError(
+                f"The images have changed since the run in {self.folder} was started, and with them who is trained on "
+                "and who is scored. Restore the folders, or start a new run."
+            )
         self.index, self.step = state["index"], state["step"]
         self.model.load_state_dict(state["model"])
         self._start_weights = state["start_weights"]
         self.history = [Moment(**moment) for moment in state["history"]]
         self.notes, self.stage_reports = state["notes"], state["stage_reports"]
         _restore_randomness(state)
+        self._board = Board(self.folder, after=self.step)
 
 
 def train(
@@ -112,6 +122,7 @@ def train(
     and the embedder then hold what the stages before it came to.
     """
     recipes.check(recipe)
+    assemble.check_names(recipe)
     run = _prepare(recipe, folder, say)
     state = checkpoint.load(folder / CHECKPOINT, run.device) if resume else None
     if state is not None:
@@ -170,25 +181,30 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
     steps_before = run.step - under_way.clock.steps
 
     def report(step: int, scalars: dict[str, float]) -> None:
-        run.step = steps_before + step
-        run.board.scalars(run.step, {f"{stage.name}/{name}": value for name, value in scalars.items()})
+        run.board.scalars(steps_before + step, {f"{stage.name}/{name}": value for name, value in scalars.items()})
 
-    stages.train(
-        under_way,
-        run.recipe,
-        run.people,
-        run.model,
-        device=run.device,
-        stopped=stopped,
-        report=report,
-        save=lambda: run.save(under_way),
-    )
-    run.step = steps_before + under_way.clock.steps
-    if stopped():
+    def save() -> None:
+        run.step = steps_before + under_way.clock.steps
         run.save(under_way)
+
+    try:
+        stages.train(
+            under_way,
+            run.recipe,
+            run.people,
+            run.model,
+            device=run.device,
+            stopped=stopped,
+            report=report,
+            save=save,
+        )
+    except (ValueError, OSError):  # such as an image that has gone: what was trained since the last checkpoint is good
+        save()
+        raise
+    save()  # before evaluation, which can be interrupted
+    if stopped():
         run.interrupted = True
         return
-    run.save(under_way)  # evaluation can fail or be interrupted; the training is safe
     _note_speed(run, under_way)
     _keep_better(run, stage.name)
     run.index += 1
@@ -198,7 +214,10 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
 def _keep_better(run: Run, name: str) -> None:
     """Evaluate the end of a stage; where it lies below its start on validation people, go back to the start."""
     start = [moment for moment in run.history if moment.kept][-1]
-    end = _evaluate(run, f"after {name}")
+    try:
+        end = _evaluate(run, f"after {name}")
+    except ValueError as error:
+        raise stages.TrainingDivergedError(f"Stage {name!r} has diverged: {error}") from error
     figure = run.recipe.select_by
     before, after = _number(start.validation[figure]), _number(end.validation[figure])
     if after >= before:
@@ -269,6 +288,11 @@ def _finish(run: Run) -> None:
         "history": [vars(moment) for moment in run.history],
         "final": {"when": kept.when, "validation": kept.validation, "test": kept.test},
         "notes": run.notes,
+        "machine": {
+            "device": str(run.device),
+            "threads": torch.get_num_threads(),
+            "precision": str(assemble.precision(run.recipe.precision, run.device)),
+        },
         "versions": {
             "metricface": metricface.__version__,
             "torch": torch.__version__,

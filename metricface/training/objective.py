@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from metricface.diagnostics import mining_statistics
 from metricface.distances import Distance
+from metricface.miners import RandomMiner
 from metricface.tuples import Triplets, as_triplets
+
+SHARES = ("active_share", "easy_share", "semi_hard_share", "hard_share")
 
 
 class HeadObjective(nn.Module):
@@ -32,7 +35,8 @@ class HeadObjective(nn.Module):
 class MinedObjective(nn.Module):
     """A pair or triplet loss on what a miner picks from the batch; without a miner, on all of it.
 
-    margin, distance: what `statistics` calls active, and in which distance it reports d_ap and d_an.
+    margin: what `statistics` calls an active triplet; none where the loss does not compare the two distances.
+    distance: in which it reports d_ap and d_an; normalize: of unit rows or raw ones.
     """
 
     def __init__(
@@ -40,7 +44,7 @@ class MinedObjective(nn.Module):
         loss: nn.Module,
         miner: nn.Module | None,
         *,
-        margin: float | Literal["soft"],
+        margin: float | Literal["soft"] | None,
         distance: Distance,
         normalize: bool,
     ) -> None:
@@ -51,6 +55,8 @@ class MinedObjective(nn.Module):
         self.distance = distance
         self.normalize = normalize
         self._mined: Triplets | None = None
+        # Where nothing is mined, d_ap and d_an are shown of random triplets, drawn without touching training's draws.
+        self._sampler = RandomMiner(generator=torch.Generator().manual_seed(0))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of the mined tuples: embeddings (B, D), labels (B,), scalar; 0 where nothing was mined."""
@@ -61,18 +67,19 @@ class MinedObjective(nn.Module):
 
     @torch.no_grad()
     def statistics(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What mining offered in the batch that `forward` saw last."""
-        if self._mined is None:
-            return {}
+        """What mining offered in the batch that `forward` saw last; without a miner, a sample of its triplets."""
+        rows = embeddings.detach()
         found = mining_statistics(
-            embeddings.detach(),
+            rows,
             labels,
-            self._mined,
-            margin=self.margin,
+            self._sampler(rows, labels) if self._mined is None else self._mined,
+            margin=0.0 if self.margin is None else self.margin,
             distance=self.distance,
             normalize=self.normalize,
         )
-        return {f"mining/{name}": value for name, value in found.items()}
+        told = found if self.margin is not None else {k: v for k, v in found.items() if k not in SHARES}
+        kind = "random" if self._mined is None else "mining"
+        return {f"{kind}/{name}": value for name, value in told.items()}
 
 
 Objective = HeadObjective | MinedObjective

@@ -1,5 +1,6 @@
 """The three sets of people of a run: trained on, chosen on (validation), and scored only (test)."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,15 @@ class People:
         if self.overlap:
             lines.append(f"left out   {len(self.overlap):,} training identities that are also among the test people")
         return lines
+
+    def digest(self) -> str:
+        """Changes when any image, its name or the side it is on does; pixels are not looked at."""
+        found = hashlib.sha256()
+        for name, images in self.by_name().items():
+            found.update(f"{name} {images.preprocessing} {len(images)}\n".encode())
+            for key in images.keys:
+                found.update(f"{key}\n".encode(errors="surrogateescape"))
+        return found.hexdigest()
 
     def by_name(self) -> dict[str, ImageSet]:
         """The three sets by the names that reports use."""
@@ -111,10 +121,11 @@ def _check_usable(people: People) -> None:
     for name in ("validation", "test"):
         images = people.by_name()[name]
         if len(images.identities) < 2 or images.num_genuine_pairs < 2:
+            share = "" if name == "test" and len(images.identities) > 1 else f", or raise data.{name}_share"
             raise ValueError(
                 f"The {name} people cannot be scored: {images.describe()}, {images.num_genuine_pairs} genuine pairs. "
-                "Verification needs two identities and two genuine pairs (two images of one person): add images, or "
-                "raise data.test_share or data.validation_share."
+                "Verification needs two identities and two genuine pairs, so people with several images: add images"
+                f"{share}."
             )
     if len(people.training.identities) < 2:
         raise ValueError(f"Training needs at least two identities; found {people.training.describe()}.")

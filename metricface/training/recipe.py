@@ -13,10 +13,11 @@ from metricface.data.augment import Augmentation
 
 @dataclass
 class Component:
-    """A part named in a recipe: a miner, loss, head, sampler, model or optimizer.
+    """A part named in a recipe: a miner, loss, head, sampler or optimizer.
 
-    name: the name under which `metricface.training.assemble` knows it, e.g. `BatchHardMiner`.
-    options: keyword arguments of its constructor; an unknown one is an error that lists the right ones.
+    Args:
+        name: The name under which `metricface.training.assemble` knows it, e.g. `BatchHardMiner`.
+        options: Keyword arguments of its constructor; an unknown one is an error that lists the right ones.
     """
 
     name: str
@@ -27,16 +28,24 @@ class Component:
 class Data:
     """Where images come from, how they are cut, and which people are held out.
 
-    train: a folder with one sub-folder of images per identity, or `synthetic`, the built-in procedural faces.
-    test: a folder of other people to score (never to choose on); none: people are held out of `train`.
-    pairs: an LFW-style list of pairs among the test images, scored beside the test people's own pairs.
-    missing_pairs: `error`, or `skip` to count and leave out listed pairs whose images are not there.
-    height, width, channels: what the network sees; crop: the share of the image's centre that is kept (LFW: 0.7).
-    test_share, test_split: which share of the identities is held out; `last` takes the end of the sorted names.
-    validation_share: the share of the training identities that weights and settings are chosen on.
-    group: a regular expression with one group, e.g. `^(.+)__`: identities are split by what it matches.
-    synthetic_identities, synthetic_images: size of the built-in set.
-    memory_mib: decoded images up to this size stay in memory; larger sets are read by `workers` processes.
+    Args:
+        train: A folder with one sub-folder of images per identity, or `synthetic`, the built-in procedural faces.
+        test: A folder of other people to score (never to choose on); none: people are held out of `train`.
+        pairs: An LFW-style list of pairs among the test images, scored beside the test people's own pairs.
+        missing_pairs: `error`, or `skip` to count and leave out listed pairs whose images are not there.
+        height: Of the images the network sees, in pixels.
+        width: Likewise.
+        channels: Likewise; grey has one.
+        crop: The share of the image's centre that is kept (LFW: 0.7).
+        test_share: The share of the identities that is held out of `train`.
+        test_split: `random` by the seed, or `last`: the end of the sorted names.
+        validation_share: The share of the training identities that weights and settings are chosen on.
+        group: A regular expression with one group, e.g. `^(.+)__`: identities are split by what it matches.
+        synthetic_identities: People of the built-in set.
+        synthetic_images: Images of each of them.
+        memory_mib: Decoded images up to this size stay in memory; larger sets are read while training.
+        workers: Processes that read them.
+        augmentation: Random changes of training images.
     """
 
     train: str = "synthetic"
@@ -60,7 +69,13 @@ class Data:
 
 @dataclass
 class Model:
-    """The trunk: a name of `metricface.models`, and the dimension of its embeddings."""
+    """The trunk.
+
+    Args:
+        name: `small` or `sphereface20`.
+        embedding_dim: Numbers in an embedding.
+        options: Keyword arguments of the network's class.
+    """
 
     name: str = "small"
     embedding_dim: int = 128
@@ -71,12 +86,22 @@ class Model:
 class Stage:
     """One stretch of training: batches from one sampler, one objective, one learning-rate schedule.
 
-    Give either `head` (classification; dropped when the stage ends) or `loss` with a `miner` (no miner: every pair or
-    triplet of the batch). Length: `share` of the recipe's budget, or `epochs`, or `steps`.
-    learning_rate: the peak, reached after `warmup` (share of the stage) and then led down by `schedule`.
-    optimizer: none: SGD with Nesterov momentum 0.9 and weight decay 5e-4. objective_learning_rate: for the head's or
-    loss's own parameters; none: the same as the trunk's.
-    batch_norm: `train`, or `frozen` to keep the statistics of the stage before (weights still learn).
+    Args:
+        name: By which reports, curves and command-line settings call it.
+        sampler: What a batch is made of.
+        head: Classification, dropped when the stage ends; give either this or a loss.
+        loss: A pair or triplet loss.
+        miner: What picks the loss's triplets; none: every pair or triplet of the batch.
+        share: Of the recipe's budget, in proportion to the other stages' shares.
+        epochs: Length where the recipe has no budget; or give steps.
+        steps: Likewise.
+        learning_rate: The peak, reached after the warm-up.
+        warmup: The share of the stage over which the learning rate rises.
+        schedule: How it falls after that.
+        optimizer: None: SGD with Nesterov momentum 0.9 and weight decay 5e-4.
+        objective_learning_rate: For the head's or loss's own parameters; none: the same as the trunk's.
+        batch_norm: `train`, or `frozen` to keep the statistics of the stage before (weights still learn).
+        clip_norm: Largest norm of the gradient of all parameters together; none: not clipped.
     """
 
     name: str
@@ -121,18 +146,26 @@ def default_stages() -> list[Stage]:
 class Recipe:
     """Everything a run depends on.
 
-    budget: wall-clock training time shared among the stages (`170s`, `4m`), evaluation not counted; none: each stage
-        has its own epochs or steps.
-    select_by: the validation figure that decides which weights a stage leaves behind.
-    precision: of the network's forward pass; `auto` is bfloat16 where the device computes in it natively (Ampere and
-        later GPUs; CPUs with avx512_bf16 or AMX), else float32. Losses, heads, mining and evaluation stay in float32.
-    threads: CPU threads of torch; none: torch's own choice.
-    checkpoint_every: seconds of training between two checkpoints.
+    Args:
+        name: The run's folder is runs/NAME unless --output says otherwise.
+        seed: Of weights, order, augmentation, draws and splits.
+        budget: Wall-clock training time shared among the stages (`170s`, `4m`, or seconds), evaluation not counted;
+            null: each stage has its own epochs or steps.
+        data: Images and people.
+        model: The trunk.
+        stages: One after another; the trunk's weights go from each to the next.
+        select_by: The validation figure that decides which weights a stage leaves behind.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        precision: Of the network's forward pass; `auto` is bfloat16 where the device computes in it natively (Ampere
+            and later GPUs; CPUs with avx512_bf16 or AMX), else float32. Losses, mining, evaluation stay in float32.
+        threads: CPU threads of torch; none: torch's own choice.
+        log_every: Steps between two points of a curve.
+        checkpoint_every: Seconds of training between two checkpoints.
     """
 
     name: str = "demo"
     seed: int = 0
-    budget: str | None = "170s"
+    budget: str | float | None = "170s"
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     stages: list[Stage] = field(default_factory=default_stages)
@@ -144,9 +177,9 @@ class Recipe:
     checkpoint_every: float = 60.0
 
 
-def budget_seconds(budget: str) -> float:
+def budget_seconds(budget: str | float) -> float:
     """Seconds in `240s`, `4m`, `1.5h` or a bare number. Raises ValueError for anything else, and for 0."""
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", budget)
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", str(budget))
     seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
     if seconds <= 0:
         raise ValueError(f"budget={budget!r} is no positive length of time; write it as 240s, 4m or 1.5h.")
@@ -164,6 +197,10 @@ def check(recipe: Recipe) -> None:
         budget_seconds(recipe.budget)
     for stage in recipe.stages:
         _check_stage(stage, timed=recipe.budget is not None)
+    for name in ("threads", "log_every", "checkpoint_every"):
+        value = getattr(recipe, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be above 0.")
     for name in ("test_share", "validation_share"):
         share = getattr(recipe.data, name)
         if not 0.0 < share < 1.0:
@@ -177,6 +214,11 @@ def _check_stage(stage: Stage, *, timed: bool) -> None:
     if stage.miner is not None and stage.loss is None:
         raise ValueError(
             f"{where} has a miner but no loss; a head takes no mined triplets. Give a loss or drop the miner."
+        )
+    if timed and (stage.epochs is not None or stage.steps is not None):
+        raise ValueError(
+            f"{where} has its own length (epochs or steps), but the recipe's budget decides it. Set budget to null "
+            "(--budget null), or leave epochs and steps out and set the stage's share of the budget."
         )
     if not timed and (stage.epochs is None) == (stage.steps is None):
         raise ValueError(
@@ -204,5 +246,11 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
             for found in differences(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}".lstrip("."))
         ]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{path}.{i}")]
+        return [found for x, y in zip(a, b, strict=True) for found in differences(x, y, f"{path}.{_called(x, y)}")]
     return [] if a == b else [f"{path} ({a!r} against {b!r})"]
+
+
+def _called(a: Any, b: Any) -> str:
+    """What users call an item of a list of stages."""
+    names = [getattr(item, "name", "?") for item in (a, b)]
+    return str(names[0]) if names[0] == names[1] else f"{names[0]}/{names[1]}"

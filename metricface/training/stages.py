@@ -111,11 +111,13 @@ def train(
             report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
             bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
             if clock.elapsed - saved_at >= recipe.checkpoint_every:
+                _check_weights(run, model)
                 save()
                 saved_at = clock.elapsed
             clock.start()
     clock.pause()
     bar.close()
+    _check_weights(run, model)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -138,7 +140,7 @@ def _step(
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if run.stage.clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), run.stage.clip_norm)
+        nn.utils.clip_grad_norm_([*model.parameters(), *run.objective.parameters()], run.stage.clip_norm)
     run.optimizer.step()
     return loss.detach(), embeddings, labels
 
@@ -164,6 +166,13 @@ def _finite(loss: Tensor, run: StageRun) -> float:
     if not math.isfinite(value):
         raise _diverged(run, f"loss is {value}")
     return value
+
+
+def _check_weights(run: StageRun, model: nn.Module) -> None:
+    """The update after the last finite loss may itself have been infinite."""
+    values = [*model.state_dict().values(), *run.objective.parameters()]
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise _diverged(run, "weights are not finite")
 
 
 def _diverged(run: StageRun, what: str) -> TrainingDivergedError:

@@ -1,10 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from metricface.cli.arguments import Command, parse
-from metricface.training.loop import RECIPE
+from metricface.training.loop import CHECKPOINT, RECIPE
 from metricface.training.recipe import Component, Recipe, Stage, as_dict
 
 
@@ -17,6 +18,7 @@ def written(folder: str, recipe: Recipe | None = None) -> Path:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / RECIPE).write_text(yaml.safe_dump(as_dict(recipe or Recipe()), sort_keys=False))
+    (path / CHECKPOINT).touch()
     return path
 
 
@@ -64,6 +66,17 @@ def test_a_part_named_alone_replaces_the_part_and_its_options() -> None:
     assert triplet.stages[1].miner == Component("SemiHardMiner", {"margin": 0.3})
 
 
+def test_a_part_that_is_replaced_leaves_its_options_behind() -> None:
+    Path("r.yaml").write_text("""
+stages:
+- {name: a, sampler: {name: ImageBatchSampler}, loss: {name: TripletLoss, options: {margin: 0.5}}}
+""")
+    for argv in (["r.yaml", "--stages.a.loss.name", "ContrastiveLoss"], ["r.yaml", "--stages.a.loss=ContrastiveLoss"]):
+        assert parse(argv).recipe.stages[0].loss == Component("ContrastiveLoss")
+    loss = parse(["--stages.triplet.loss.options.normalize", "true", "--stages.triplet.loss", "ContrastiveLoss"])
+    assert loss.recipe.stages[1].loss == Component("ContrastiveLoss", {"normalize": True})
+
+
 def test_an_unknown_stage_is_an_error_that_lists_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "its stages are softmax, triplet" in message(["--stages.finetune.learning_rate", "1"], capsys)
 
@@ -75,6 +88,9 @@ def test_an_unknown_stage_is_an_error_that_lists_the_stages(capsys: pytest.Captu
         (["--stages.triplet.learning_rat", "1"], "learning_rat"),
         (["--data.height", "tall"], "tall"),
         (["missing.yaml"], "missing.yaml"),
+        (["--stages.triplet.clip_norm", "--seed", "1"], "--stages.triplet.clip_norm has no value"),
+        (["--stages.triplet.name.x", "3"], "name holds one value"),
+        (["--resume", "a", "--output", "b"], "give one"),
     ],
 )
 def test_an_unknown_key_or_a_wrong_value_is_an_error_that_names_it(
@@ -108,17 +124,17 @@ def test_resume_takes_the_saved_recipe() -> None:
 
 
 def test_resume_without_a_folder_takes_the_newest_run_or_the_output() -> None:
-    written("runs/demo")
-    written("runs/demo-2")
+    os.utime(written("runs/lfw") / CHECKPOINT, (2, 2))
+    os.utime(written("runs/demo") / CHECKPOINT, (1, 1))
     written("other")
-    assert parse(["--resume"]).folder == Path("runs/demo-2")
+    assert parse(["--resume"]).folder == Path("runs/lfw")
     assert parse(["--output", "other", "--resume"]).folder == Path("other")
 
 
 def test_resume_with_other_settings_is_an_error_that_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     written("out")
     text = message(["--resume", "out", "--stages.triplet.learning_rate", "9"], capsys)
-    assert "stages.1.learning_rate (0.02 against 9.0)" in text
+    assert "stages.triplet.learning_rate (0.02 against 9.0)" in text
 
 
 def test_resume_may_change_what_does_not_touch_the_result() -> None:
@@ -132,7 +148,9 @@ def test_resume_of_a_folder_without_a_run_is_an_error(capsys: pytest.CaptureFixt
 
 def test_a_printed_config_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse(["--seed", "4", "--print_config"])
+        parse(["--seed", "4", "--print_config", "--stages.triplet.learning_rate=0.5"])
     assert stopped.value.code == 0
     Path("r.yaml").write_text(capsys.readouterr().out)
-    assert parse(["r.yaml"]).recipe == Recipe(seed=4)
+    expected = Recipe(seed=4)
+    expected.stages[1].learning_rate = 0.5
+    assert parse(["r.yaml"]).recipe == expected

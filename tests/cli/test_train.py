@@ -18,6 +18,7 @@ import metricface
 from metricface.cli.train import INTERRUPTED, main
 from metricface.data.images import Preprocessing
 from metricface.data.synthetic import SyntheticFaces
+from metricface.training import stages
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--data.height", "32", "--data.width", "32"]
@@ -193,3 +194,38 @@ def test_the_shipped_recipes_run_on_folders_of_their_layout() -> None:
             shutil.move(folder, Path("omniglot_background") / f"Alphabet{alphabet}__{folder.name}")
     assert main([str(ROOT / "examples/recipes/omniglot.yaml"), *small, "--output", "letters"]) == 0
     assert report("letters")["people"]["test"]["people"] == 4  # one whole alphabet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "quantum"], "device='quantum' cannot be used here"),
+        (["--threads", "0"], "threads=0 must be above 0"),
+        (["--model.options", '{"widths": "abc"}'], "The network small cannot be made"),
+        (["--stages.softmax.epochs", "2"], "--budget null"),
+        (["--data.train", "synthetic", "--stages.softmax.head", "CosFase"], "known are CosFace, Softmax"),
+    ],
+)
+def test_a_wrong_setting_is_a_clear_error_and_leaves_nothing_behind(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SHORT, *BUILT_IN, *arguments]) == 1
+    assert says in capsys.readouterr().err
+    assert not Path("runs/demo").exists()
+
+
+def test_an_image_that_goes_away_while_workers_read_saves_what_was_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    faces = write_people(Path("faces"), 24, 4)
+    arguments = [*SHORT, "--data.train", "faces", "--data.memory_mib", "0", "--data.workers", "1", "--output", "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        real = stages.train
+
+        def train_after_a_loss(*given: object, **named: object) -> None:
+            for image in faces.glob("*/*_0001.png"):
+                image.unlink()
+            real(*given, **named)  # type: ignore[arg-type]
+
+        patch.setattr(stages, "train", train_after_a_loss)
+        assert main(arguments) == 1
+    assert "cannot read image" in capsys.readouterr().err
+    assert Path("out/checkpoint.pt").exists()

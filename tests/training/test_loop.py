@@ -77,6 +77,31 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(
     assert a["final"] == b["final"]
 
 
+@pytest.mark.parametrize("miner", ["RandomMiner", "DistanceWeightedMiner"])
+def test_miners_with_chance_draw_after_a_resume_what_they_would_have_drawn(
+    recipe: Recipe, tmp_path: Path, miner: str
+) -> None:
+    recipe.stages[1].miner = Component(miner)
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    train(recipe, tmp_path / "run", stopped=after(8), say=quiet)
+    assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
+
+
+def test_a_run_does_not_go_on_with_other_images(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "run", stopped=after(3), say=quiet)
+    recipe.data.synthetic_images = 7
+    with pytest.raises(ValueError, match="images have changed"):
+        train(recipe, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_a_last_update_that_breaks_the_weights_counts_as_divergence(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.stages[1].steps, recipe.stages[1].learning_rate, recipe.stages[1].warmup = 1, 1e38, 0.0
+    recipe.stages[1].optimizer = Component("SGD", {"momentum": 0.0, "weight_decay": 1e10})
+    with pytest.raises(TrainingDivergedError, match="weights are not finite"):
+        train(recipe, tmp_path / "run", say=quiet)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["final"]["when"] == "after softmax"
+
+
 def test_a_finished_run_that_is_resumed_trains_no_further(recipe: Recipe, tmp_path: Path) -> None:
     whole = train(recipe, tmp_path / "run", say=quiet)
     again = train(recipe, tmp_path / "run", resume=True, say=quiet)
@@ -154,7 +179,8 @@ def test_a_stage_that_diverges_leaves_report_and_embedder_of_the_stages_before_i
 
 def test_a_budget_is_shared_by_the_stages_and_evaluation_is_not_counted(recipe: Recipe, tmp_path: Path) -> None:
     recipe.budget = "2s"
-    recipe.stages[0].share, recipe.stages[1].share = 3.0, 1.0
+    for stage, share in zip(recipe.stages, (3.0, 1.0), strict=True):
+        stage.share, stage.steps = share, None
     train(recipe, tmp_path / "run", say=quiet)
     seconds = [stage["seconds"] for stage in json.loads((tmp_path / "run" / "report.json").read_text())["stages"]]
     assert seconds == pytest.approx([1.5, 0.5], abs=0.25)

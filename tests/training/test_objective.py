@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from metricface.heads import Softmax
-from metricface.losses import TripletLoss
+from metricface.losses import ContrastiveLoss, TripletLoss
 from metricface.miners import BatchHardMiner
 from metricface.training.objective import HeadObjective, MinedObjective
 
@@ -22,11 +22,23 @@ def test_a_mined_objective_is_miner_and_loss_called_by_hand() -> None:
     assert mined(BatchHardMiner())(embeddings, labels).item() == by_hand.item()
 
 
-def test_without_a_miner_every_triplet_counts_and_nothing_is_said_of_mining() -> None:
+def test_without_a_miner_every_triplet_counts_and_statistics_are_of_random_ones() -> None:
     embeddings, labels = batch()
     objective = mined(None)
     assert objective(embeddings, labels).item() == TripletLoss(0.2)(embeddings, labels).item()
-    assert objective.statistics(embeddings, labels) == {}
+    state = torch.get_rng_state()
+    found = objective.statistics(embeddings, labels)
+    assert found["random/triplets"] == 24
+    assert torch.equal(state, torch.get_rng_state())  # looking does not change what training draws
+
+
+def test_a_loss_without_a_triplet_margin_claims_no_active_share() -> None:
+    embeddings, labels = batch()
+    objective = MinedObjective(ContrastiveLoss(), None, margin=None, distance="euclidean", normalize=False)
+    objective(embeddings, labels)
+    found = objective.statistics(embeddings, labels)
+    assert "random/d_ap_mean" in found
+    assert not any("share" in name and "anchor" not in name for name in found)
 
 
 def test_statistics_are_of_the_triplets_that_were_mined() -> None:

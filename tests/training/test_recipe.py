@@ -5,8 +5,10 @@ import pytest
 from metricface.training.recipe import Component, Recipe, Stage, as_dict, budget_seconds, check, differences
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("240s", 240), ("4m", 240), ("1.5h", 5400), ("90", 90), (" .5m ", 30)])
-def test_a_budget_is_read_in_its_unit(text: str, seconds: float) -> None:
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("240s", 240), ("4m", 240), ("1.5h", 5400), ("90", 90), (240, 240), (" .5m ", 30)]
+)
+def test_a_budget_is_read_in_its_unit(text: str | float, seconds: float) -> None:
     assert budget_seconds(text) == seconds
 
 
@@ -38,6 +40,8 @@ def stage(**changes: object) -> Stage:
         (Recipe(stages=[stage(learning_rate=0.0)]), "learning_rate=0.0 must be above 0"),
         (Recipe(stages=[stage(warmup=1.0)]), "warmup=1.0"),
         (Recipe(budget="soon"), "budget='soon'"),
+        (Recipe(stages=[stage(epochs=2)]), "--budget null"),
+        (Recipe(log_every=0), "log_every=0 must be above 0"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_an_error_before_anything_is_read(recipe: Recipe, says: str) -> None:
@@ -60,7 +64,7 @@ def test_differences_are_named_by_their_dotted_path() -> None:
     changed.stages[1].learning_rate = 1.0
     changed.stages[0].head = None
     found = differences(Recipe(), changed)
-    assert [one.split(" ")[0] for one in found] == ["data.crop", "stages.0.head", "stages.1.learning_rate"]
+    assert [one.split(" ")[0] for one in found] == ["data.crop", "stages.softmax.head", "stages.triplet.learning_rate"]
 
 
 def test_a_recipe_becomes_plain_values() -> None:
