@@ -48,31 +48,71 @@ def safe_sqrt(sq_dist: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, sq_dist, 1.0).sqrt(), 0.0)
 
 
+def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of rows moved so that y's mean lies near the origin.
+
+    x: (Q, D), y: (R, D) in full precision. Distances between rows stay, but |x|^2 + |y|^2 - 2xy is rounded in
+    proportion to the rows' lengths, so that a batch that is close together far from the origin would lose them.
+    The centre is rounded to a power of two near the spread of y, so that values on a grid (and exact ties) stay on it.
+    """
+    if y.numel() == 0:
+        return x, y
+    rows = y.detach()
+    mean = rows[0] + (rows - rows[0]).mean(dim=0)  # exact where all rows are equal
+    spread = (rows - mean).square().mean().sqrt()
+    some = spread > torch.finfo(y.dtype).eps * mean.abs().amax()
+    mantissa = torch.frexp(spread).mantissa  # in [1/2, 1)
+    step = torch.where(some, spread / mantissa / 2.0, 1.0)  # spread / 2 < step <= spread
+    centre = torch.where(some, (mean / step).round() * step, mean)
+    return x - centre, y - centre
+
+
+def sq_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x|^2 + |y|^2 - 2xy for all rows, (Q, D) and (R, D) in full precision to (Q, R): as good as they are centred."""
+    with without_autocast(x):
+        sq_dist = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2.0)  # (R,) + (Q, R)
+        return (sq_dist + x.square().sum(dim=1, keepdim=True)).clamp_min(0.0)
+
+
 def pairwise(x: Tensor, y: Tensor, distance: Distance) -> Tensor:
     """Distance of every row of x to every row of y.
 
     x: (Q, D), y: (R, D). Returns (Q, R): Euclidean, squared Euclidean, or 1 - cosine in [0, 2].
-    Uses |x|^2 + |y|^2 - 2xy, one matrix product: distances far below |x| carry its rounding (about 3e-4 in float32 for
-    unit rows); `paired` does not. Raises ValueError for an unknown distance.
+    From one matrix product of the rows, centred: distances far below the rows' distance from their mean carry its
+    rounding (about 3e-4 in float32 for a mean distance of 1); `paired` does not. Raises ValueError for an unknown
+    distance.
     """
     check_distance(distance)
-    with without_autocast(x):
-        if distance == "cosine":
-            return 1.0 - unit_rows(x) @ unit_rows(y).T
-        x, y = full_precision(x), full_precision(y)
-        sq_dist = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2.0)  # (R,) + (Q, R)
-        sq_dist = (sq_dist + x.square().sum(dim=1, keepdim=True)).clamp_min(0.0)
+    if distance == "cosine":
+        x, y = unit_rows(x), unit_rows(y)
+        return _cosine(sq_distances(*centred(x, y)), _is_zero(x)[:, None], _is_zero(y))
+    sq_dist = sq_distances(*centred(full_precision(x), full_precision(y)))
     return sq_dist if distance == "squared_euclidean" else safe_sqrt(sq_dist)
 
 
 def paired(x: Tensor, y: Tensor, distance: Distance) -> Tensor:
     """Distance of row i of x to row i of y.
 
-    x, y: (T, D); T may be 0. Returns (T,), from the difference of the rows, so exact 0 for identical rows.
-    Raises ValueError for an unknown distance.
+    x, y: (T, D); T may be 0. Returns (T,), from the difference of the rows, so exact 0 for identical rows (but cosine
+    distance 1 between zero rows). Raises ValueError for an unknown distance.
     """
     check_distance(distance)
+    prepare = unit_rows if distance == "cosine" else full_precision
+    x, y = prepare(x), prepare(y)
+    sq_dist = (x - y).square().sum(dim=1)
     if distance == "cosine":
-        return 1.0 - (unit_rows(x) * unit_rows(y)).sum(dim=1)
-    sq_dist = (full_precision(x) - full_precision(y)).square().sum(dim=1)
+        return _cosine(sq_dist, _is_zero(x), _is_zero(y))
     return sq_dist if distance == "squared_euclidean" else safe_sqrt(sq_dist)
+
+
+def _cosine(sq_dist: Tensor, x_is_zero: Tensor, y_is_zero: Tensor) -> Tensor:
+    """1 - cosine from the squared distance of unit rows: accurate near 0, where 1 minus a product is rounding.
+
+    A zero row has cosine 0 with every row.
+    """
+    return 0.5 * (sq_dist + x_is_zero + y_is_zero)
+
+
+def _is_zero(x: Tensor) -> Tensor:
+    """(N, D) -> (N,) 1.0 for rows of zeros, 0.0 for others."""
+    return (x == 0).all(dim=1).to(x.dtype)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metricface.distances import Distance, paired, pairwise, safe_sqrt, unit_rows
+from metricface.distances import Distance, centred, paired, pairwise, safe_sqrt, unit_rows
 from tests import oracles
 from tests.vectors import case
 
@@ -130,3 +130,42 @@ def test_an_unknown_distance_is_an_error_that_lists_the_right_ones() -> None:
         pairwise(torch.ones(1, 1), torch.ones(1, 1), "manhattan")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'cosine'"):
         paired(torch.ones(1, 1), torch.ones(1, 1), "cos")  # type: ignore[arg-type]
+
+
+@EVERY_DISTANCE
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
+def test_rows_close_together_far_from_the_origin_keep_their_distances(distance: Distance, offset: float) -> None:
+    x, y = rows(0, 40, 64, torch.float32) + offset, rows(1, 50, 64, torch.float32) + offset
+    prepared = [(unit_rows(a) if distance == "cosine" else a).double().numpy() for a in (x, y)]
+    expected = oracles.distances(prepared[0], prepared[1], distance)
+    rounding = 1e-6 * expected.mean()
+    np.testing.assert_allclose(pairwise(x, y, distance).numpy(), expected, atol=rounding, rtol=1e-5)
+    np.testing.assert_allclose(
+        paired(x, y[:40], distance).numpy(), expected[:, :40].diagonal(), atol=rounding, rtol=1e-5
+    )
+
+
+def test_centring_leaves_a_grid_on_its_grid_and_moves_all_rows_alike() -> None:
+    grid = torch.randint(-3, 4, (50, 6), generator=torch.Generator().manual_seed(0)) + torch.tensor(1000.3).round()
+    x, y = centred(grid[:20], grid)
+    assert torch.equal(x, x.round())
+    assert y.mean(dim=0).abs().max() <= y.std()
+    raw = rows(2, 50, 6, torch.float32) + 100.0
+    moved, _ = centred(raw, raw)
+    shift = raw.double() - moved.double()
+    assert torch.equal(shift, shift[:1].expand_as(shift))
+    assert moved.abs().max() < 10
+
+
+@pytest.mark.parametrize(
+    "rows_", [torch.full((4, 3), 0.1), torch.zeros(4, 3), torch.full((4, 3), 1e-30), torch.full((4, 3), 1e18)]
+)
+def test_centring_stays_finite_where_all_rows_are_equal(rows_: Tensor) -> None:
+    x, y = centred(rows_, rows_)
+    assert torch.equal(x, y)
+    assert not y.any()
+
+
+def test_centring_on_no_rows_moves_nothing() -> None:
+    x = torch.ones(2, 3)
+    assert centred(x, x[:0])[0] is x

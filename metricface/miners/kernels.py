@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metricface.distances import Distance, unit_rows, without_autocast
+from metricface.distances import Distance, centred, unit_rows, without_autocast
 from metricface.tuples import Batch
 
 # A tile's columns are padded to whole blocks.
@@ -100,6 +100,7 @@ def tiles(batch: Batch, identities: Identities, distance: Distance, *, tile_rows
     queries, references = batch.embeddings, batch.ref_emb
     if distance == "cosine":
         queries, references = unit_rows(queries), unit_rows(references)
+    queries, references = centred(queries, references)
     num_references = len(references)
     rows_at_once = tile_rows or default_tile_rows(num_references, queries.device)
     padded = -(-num_references // BLOCK) * BLOCK

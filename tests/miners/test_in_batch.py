@@ -295,7 +295,7 @@ def test_a_clone_of_the_batch_with_self_index_gives_what_the_batch_itself_gives(
 def test_float32_chooses_as_float64_wherever_distances_differ_beyond_rounding(
     miner: nn.Module, distance: Distance
 ) -> None:
-    x, labels = faces()
+    x, labels = (rows_[:-1] for rows_ in faces())  # all are at distance 1 from the zero row: ties that rounding breaks
     miner = type(miner)(distance=distance)
     single, double = (rows(miner(rows_, labels)) for rows_ in (x, x.double()))
     dist = oracles.distances(oracles.unit(x.double().numpy()), oracles.unit(x.double().numpy()), "squared_euclidean")
@@ -477,3 +477,30 @@ def test_settings_are_shown() -> None:
         "DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4, fallback='skip', normalize=True)"
     )
     assert repr(RandomMiner()) == "RandomMiner()"
+
+
+CLOSE = {
+    "off centre": lambda noise: noise + 30.0,
+    "far off centre": lambda noise: 1e-2 * noise + 7.0,
+    "nearly collapsed": lambda noise: torch.ones_like(noise) + 0.03 * noise,
+    "collapsed": lambda noise: torch.ones_like(noise) + 1e-4 * noise,
+}
+
+
+@pytest.mark.parametrize("make", CLOSE.values(), ids=CLOSE.keys())
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("distance", get_args(Distance))
+def test_a_batch_close_together_far_from_the_origin_is_mined_by_its_distances(
+    make: Callable[[Tensor], Tensor], normalize: bool, distance: Distance
+) -> None:
+    x, labels = make(torch.randn(256, 512, generator=seeded(0))), torch.arange(256) // 4
+    exact = (unit_rows(x) if normalize or distance == "cosine" else x).double()
+    dist = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square()
+    rounding = 4e-6 * dist.mean()
+    a, p, n = SemiHardMiner(math.inf, distance=distance, normalize=normalize)(x, labels)
+    assert len(a) > 600
+    assert (dist[a, p] < dist[a, n] + rounding).all()
+    a, p, n = BatchHardMiner(distance=distance, normalize=normalize)(x, labels)
+    same = labels[:, None] == labels
+    assert (dist[a, n] <= dist.masked_fill(same, torch.inf).amin(dim=1) + rounding).all()
+    assert (dist[a, p] >= dist.masked_fill(~same, 0.0).amax(dim=1) - rounding).all()
