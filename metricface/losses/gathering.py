@@ -2,12 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from metricface.distances import Distance, paired, pairwise, safe_sqrt
+from metricface.distances import Distance, centred, paired, pairwise, safe_sqrt, sq_distances
 from metricface.tuples import Batch
 
 # Row copies up to this many numbers (64 MB in float32) are made without looking for something smaller.
 SMALL = 1 << 24
+# Numbers in a row copy of pairs that are too close together for a matrix product.
+CLOSE_NUMBERS = 1 << 21
 
 
 def distances_of(batch: Batch, anchors: Tensor, references: Tensor, distance: Distance) -> Tensor:
@@ -26,18 +29,33 @@ def distances_of(batch: Batch, anchors: Tensor, references: Tensor, distance: Di
 def distance_matrix(x: Tensor, y: Tensor, distance: Distance) -> Tensor:
     """Distance of every row of x (Q, D) to every row of y (R, D), fit for a loss. Returns (Q, R).
 
-    As `pairwise`, but accurate when a batch lies close together far from the origin, and exactly 0 with gradient 0 for
-    identical rows; distances below about 0.2% (float32) of the rows' distance from their centre count as 0 too.
+    As `pairwise`, but rows so close together that the matrix product rounds their distance by more than about 1% are
+    subtracted instead: exactly 0, with gradient 0, for identical rows only.
     """
     if distance == "cosine":
         return pairwise(x, y, distance)
-    # Distances do not depend on the origin, but the rounding of |x|^2 + |y|^2 - 2xy does.
-    centre = y.detach().mean(dim=0) if len(y) else 0.0
-    x, y = x - centre, y - centre
-    sq_dist = pairwise(x, y, "squared_euclidean")
+    moved_x, moved_y = centred(x, y)
+    sq_dist = sq_distances(moved_x, moved_y)
     with torch.no_grad():
-        sq_norms = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1)  # (Q, 1) + (R,)
-        rounding = sq_norms.mul_(16 * torch.finfo(sq_dist.dtype).eps)
-        coincide = sq_dist <= rounding
-    sq_dist = sq_dist.masked_fill(coincide, 0.0)
+        sq_norms = moved_x.square().sum(dim=1, keepdim=True) + moved_y.square().sum(dim=1)  # (Q, 1) + (R,)
+        # Where both rows are the centre itself, as in a batch of equal rows, the product is exact: 0.
+        close = (sq_dist <= sq_norms.mul_(256 * torch.finfo(sq_dist.dtype).eps)) & (sq_norms > 0)
+        rows, columns = close.nonzero(as_tuple=True)
+    sq_dist = sq_dist.index_put((rows, columns), _subtracted(x, y, rows, columns))
     return sq_dist if distance == "squared_euclidean" else safe_sqrt(sq_dist)
+
+
+def _subtracted(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(T,) squared distances of the named rows, in slices: in a collapsed batch they are most of all pairs."""
+
+    def part(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return paired(x.index_select(0, rows), y.index_select(0, columns), "squared_euclidean")
+
+    size = max(1, CLOSE_NUMBERS // max(1, x.shape[1]))
+    if len(rows) <= size:
+        return part(x, y, rows, columns)
+    # Checkpoints: the row copies of one slice at a time, also for the gradient.
+    slices = [slice(start, start + size) for start in range(0, len(rows), size)]
+    return torch.cat(
+        [checkpoint(part, x, y, rows[s], columns[s], use_reentrant=False, preserve_rng_state=False) for s in slices]
+    )

@@ -114,3 +114,45 @@ def test_duplicates_are_at_distance_exactly_zero_in_a_matrix() -> None:
     assert torch.equal(dist.diagonal(), torch.zeros(32))
     assert torch.equal(dist.diagonal(16), torch.zeros(16))
     assert int((dist == 0).sum()) == 64
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("gap", [1e-3, 1e-5, 1e-7])
+def test_near_duplicates_count_the_same_with_a_tuple_and_without(make: Callable[[], nn.Module], gap: float) -> None:
+    x = torch.nn.functional.normalize(batch(), dim=1)
+    x[0, 0] = x[4, 0] = 0.01  # so that so small a gap is no rounding
+    x[0, 1:] = x[4, 1:]
+    x[4, 0] += gap
+    found = []
+    pairs = positive_and_negative_pairs()
+    for indices in (None, pairs if make is ContrastiveLoss else ALL):
+        leaf = x.clone().requires_grad_()
+        value = make()(leaf, LABELS, indices)
+        value.backward()
+        assert leaf.grad is not None
+        found.append((value.item(), leaf.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-4 * float(found[1][1].abs().max()))
+
+
+def positive_and_negative_pairs() -> tuple[Tensor, ...]:
+    same = LABELS[:, None] == LABELS
+    return *(same & ~torch.eye(16, dtype=torch.bool)).nonzero().unbind(1), *(~same).nonzero().unbind(1)
+
+
+def test_close_pairs_are_subtracted_slice_by_slice_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = 1e-4 * batch(32)
+    x[:8] += 5.0  # two clusters: everything within one is close
+    found = []
+    for numbers in (1 << 21, 100):
+        monkeypatch.setattr(gathering, "CLOSE_NUMBERS", numbers)
+        leaf = x.clone().requires_grad_()
+        dist = distance_matrix(leaf, leaf, "euclidean")
+        dist.sum().backward()  # type: ignore[no-untyped-call]
+        found.append((dist.detach(), leaf.grad))
+    exact = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.allclose(found[0][0].double(), exact, rtol=1e-3)
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] is not None
+    assert found[1][1] is not None
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-4)
