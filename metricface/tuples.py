@@ -120,12 +120,6 @@ def as_pairs(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor
     return Pairs(anchor, positive, anchor, negative)
 
 
-def all_pairs(batch: Batch) -> Pairs:
-    """Every ordered pair of a batch: all same-identity pairs (without the anchor itself) and all others."""
-    positive, negative = batch.positive_mask().nonzero(), batch.negative_mask().nonzero()
-    return Pairs(positive[:, 0], positive[:, 1], negative[:, 0], negative[:, 1])
-
-
 def _check_rows(embeddings: Tensor, labels: Tensor, emb_name: str, label_name: str) -> None:
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(

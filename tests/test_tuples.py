@@ -3,7 +3,7 @@ import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils as pml
 from torch import Tensor
 
-from metricface.tuples import Pairs, Triplets, all_pairs, as_pairs, as_triplets, check_batch
+from metricface.tuples import Batch, Pairs, Triplets, as_pairs, as_triplets, check_batch
 
 LABELS = torch.tensor([3, 3, 7, 7, 9])
 EMB = torch.eye(5)
@@ -11,6 +11,12 @@ EMB = torch.eye(5)
 
 def rows(*indices: Tensor) -> list[tuple[int, ...]]:
     return sorted(zip(*(index.tolist() for index in indices), strict=True))
+
+
+def all_pairs(batch: Batch) -> Pairs:
+    """Every ordered pair: of one identity (without the anchor itself), and of two."""
+    positive, negative = batch.positive_mask().nonzero(), batch.negative_mask().nonzero()
+    return Pairs(positive[:, 0], positive[:, 1], negative[:, 0], negative[:, 1])
 
 
 def test_a_batch_without_references_is_its_own_reference_and_every_anchor_knows_itself() -> None:

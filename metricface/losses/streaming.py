@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from metricface.distances import Distance, paired, without_autocast
+from metricface.identities import find_identities, positive_pairs
 from metricface.losses.gathering import distance_matrix
-from metricface.miners import kernels
 from metricface.tuples import Batch
 
 # Numbers in the largest tensor of a chunk: 8 MB in float32, of which some ten are alive at once.
@@ -90,8 +90,8 @@ def every_triplet(batch: Batch, distance: Distance, loss: Callable[[Tensor, Tens
     loss: elementwise and broadcasting; 0 with gradient 0 where d_an is infinite. Triplets are never listed: a chunk
     holds (positive pairs, R) losses.
     """
-    identities = kernels.find_identities(batch)
-    anchors, positives = kernels.positive_pairs(batch, identities)
+    identities = find_identities(batch)
+    anchors, positives = positive_pairs(batch, identities)
 
     def contribution(chunk: slice, embeddings: Tensor, ref_emb: Tensor) -> Sum:
         anchor, positive = anchors[chunk], positives[chunk]

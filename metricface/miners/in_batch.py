@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from metricface.choices import check_choice
 from metricface.distances import Distance, check_distance
+from metricface.identities import Identities, find_identities, positive_pairs
 from metricface.miners import kernels
-from metricface.miners.kernels import Identities, Tile
+from metricface.miners.kernels import Tile
 from metricface.tuples import Batch, Triplets, check_batch
 
 Negative = Literal["hardest", "random"]
@@ -70,7 +71,7 @@ class _Miner(nn.Module, ABC):
         Raises ValueError for wrong shapes, types and ranges, and for NaN or infinity in embeddings.
         """
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
-        identities = kernels.find_identities(batch)
+        identities = find_identities(batch)
         chosen = self._choose(batch, identities)
         self.last = MiningCounts(
             anchors=identities.size.new_full((), len(batch.labels)),
@@ -250,7 +251,7 @@ class RandomMiner(_Miner):
         self.generator = generator
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
-        anchor, positive = kernels.positive_pairs(batch, identities)
+        anchor, positive = positive_pairs(batch, identities)
         negatives = identities.negatives[anchor]
         drawn = (_uniform(len(anchor), batch, self.generator) * negatives).long().clamp_max(negatives - 1)
         # Negatives are all references sorted by label except a run of the anchor's own identity: step over it.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metricface.distances import Distance, centred, unit_rows, without_autocast
+from metricface.identities import Identities
 from metricface.tuples import Batch
 
 # A tile's columns are padded to whole blocks.
@@ -31,19 +32,6 @@ FEWEST_ROWS = 64
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class Identities(NamedTuple):
-    """Where each anchor's identity lies among the references, and what follows for its pairs."""
-
-    by_label: Tensor  # (R,) reference rows sorted by label, in order within one
-    first: Tensor  # (B,) place in by_label where the anchor's identity begins
-    size: Tensor  # (B,) references of that identity, the anchor itself included
-    positives: Tensor  # (B,) without the anchor itself
-    negatives: Tensor  # (B,)
-    first_pair: Tensor  # (B,) number of the anchor's first positive pair, all pairs counted in row order
-    longest: int  # max(size)
-    pairs: int  # sum(positives)
-
-
 class Tile(NamedTuple):
     """Distances of b anchors to all references.
 
@@ -57,32 +45,6 @@ class Tile(NamedTuple):
     pair: Tensor  # (b, M) int64, the positive pair's number in row order; any valid number where there is none
     sq_positive: Tensor  # (b, M) squared distances to `same`
     sq_negative: Tensor  # (b, R') squared distances to all references, +inf where not a negative. Free to overwrite.
-
-
-def find_identities(batch: Batch) -> Identities:
-    """Sort the references by identity and find each anchor's. One synchronisation with the device."""
-    labels, ref_labels = batch.labels.long(), batch.ref_labels.long()
-    by_label = ref_labels.argsort(stable=True)
-    sorted_labels = ref_labels[by_label]
-    first = torch.searchsorted(sorted_labels, labels)
-    count = torch.searchsorted(sorted_labels, labels, right=True) - first
-    positives = count - (batch.self_index >= 0).long()
-    first_pair = positives.cumsum(0) - positives
-    longest = count.amax() if len(count) else count.sum()
-    longest_count, pairs = torch.stack([longest, positives.sum()]).tolist()
-    return Identities(
-        by_label, first, count, positives, len(ref_labels) - count, first_pair, int(longest_count), int(pairs)
-    )
-
-
-def positive_pairs(batch: Batch, identities: Identities) -> tuple[Tensor, Tensor]:
-    """Every ordered positive pair in row order: int64 (P,) anchors and (P,) references."""
-    anchor = torch.arange(len(batch.labels), device=batch.labels.device).repeat_interleave(identities.size)
-    first_of_anchor = (identities.size.cumsum(0) - identities.size)[anchor]
-    place = torch.arange(len(anchor), device=anchor.device) - first_of_anchor + identities.first[anchor]
-    reference = identities.by_label[place]
-    kept = reference != batch.self_index[anchor]
-    return anchor[kept], reference[kept]
 
 
 def default_tile_rows(references: int, device: torch.device) -> int:

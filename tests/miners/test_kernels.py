@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from metricface.distances import Distance, pairwise
+from metricface.identities import find_identities, positive_pairs
 from metricface.miners import kernels
 from metricface.tuples import check_batch
 from tests.vectors import case
@@ -135,7 +136,7 @@ def test_tiles_hold_every_squared_distance_once_and_infinity_where_there_is_no_n
     y[3], ref_labels[3] = x[2], labels[2]
     self_index = torch.full((11,), -1).index_fill(0, torch.tensor(2), 3)
     batch = check_batch(x, labels, y, ref_labels, self_index)
-    identities = kernels.find_identities(batch)
+    identities = find_identities(batch)
     expected = pairwise(x, y, "squared_euclidean") if distance != "cosine" else 2 * pairwise(x, y, "cosine")
     pairs = []
     for tile in kernels.tiles(batch, identities, distance, tile_rows=4):
@@ -152,5 +153,5 @@ def test_tiles_hold_every_squared_distance_once_and_infinity_where_there_is_no_n
         assert tile.pair[row, place].tolist() == list(range(len(pairs) - len(row), len(pairs)))
     assert pairs == [tuple(pair) for pair in batch.positive_mask().nonzero().tolist()]
     assert len(pairs) == identities.pairs
-    listed = kernels.positive_pairs(batch, identities)
+    listed = positive_pairs(batch, identities)
     assert pairs == list(zip(listed[0].tolist(), listed[1].tolist(), strict=True))
