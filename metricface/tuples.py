@@ -94,13 +94,13 @@ def check_batch(
 def as_triplets(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor | None = None) -> Triplets:
     """A miner's tuple as triplets: 3-tuples as they are, 4-tuples (pairs) joined on the anchor.
 
-    Every positive pair meets every negative pair of the same anchor, as in PML. Raises ValueError for other lengths
-    and for indices outside the batch.
+    Every positive pair meets every negative pair of the same anchor, as in PML. Raises ValueError for anything
+    but 3 or 4 index tensors (T,) of equal lengths (in pairs: of each half) that point into the batch.
     """
-    _check_indices(indices_tuple, len(labels), len(labels if ref_labels is None else ref_labels))
-    if len(indices_tuple) == 3:
-        return Triplets(*indices_tuple)
-    anchor_p, positive, anchor_n, negative = indices_tuple
+    columns = _checked_indices(indices_tuple, len(labels), len(labels if ref_labels is None else ref_labels))
+    if len(columns) == 3:
+        return Triplets(*columns)
+    anchor_p, positive, anchor_n, negative = columns
     # Negatives sorted by anchor, so that each positive pair reads one run of them: no (P, N) table of comparisons.
     by_anchor = anchor_n.argsort(stable=True)
     runs = torch.bincount(anchor_n, minlength=len(labels))  # (B,) negative pairs of each anchor
@@ -113,10 +113,10 @@ def as_triplets(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Ten
 
 def as_pairs(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor | None = None) -> Pairs:
     """A miner's tuple as pairs: 4-tuples as they are, triplets split in two (repetitions kept, as in PML)."""
-    _check_indices(indices_tuple, len(labels), len(labels if ref_labels is None else ref_labels))
-    if len(indices_tuple) == 4:
-        return Pairs(*indices_tuple)
-    anchor, positive, negative = indices_tuple
+    columns = _checked_indices(indices_tuple, len(labels), len(labels if ref_labels is None else ref_labels))
+    if len(columns) == 4:
+        return Pairs(*columns)
+    anchor, positive, negative = columns
     return Pairs(anchor, positive, anchor, negative)
 
 
@@ -165,16 +165,32 @@ def _check_self_index(self_index: Tensor, labels: Tensor, ref_labels: Tensor) ->
     return self_index
 
 
-def _check_indices(indices_tuple: Sequence[Tensor], anchors: int, references: int) -> None:
+def _checked_indices(indices_tuple: Sequence[Tensor], anchors: int, references: int) -> list[Tensor]:
+    """The tuple's tensors as int64, or ValueError."""
     if len(indices_tuple) not in (3, 4):
         raise ValueError(
             f"indices_tuple must hold 3 (triplets) or 4 (pairs) index tensors; found {len(indices_tuple)}."
         )
+    for place, indices in enumerate(indices_tuple):
+        if not isinstance(indices, Tensor):
+            raise ValueError(f"indices_tuple[{place}] must be an int64 tensor; found {type(indices).__name__}.")
+        if indices.ndim != 1 or indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"indices_tuple[{place}] must be (T,) int64 or int32; found {indices.dtype} {tuple(indices.shape)}."
+            )
+    lengths = [len(indices) for indices in indices_tuple]
+    groups = (lengths,) if len(lengths) == 3 else (lengths[:2], lengths[2:])
+    if any(len(set(group)) > 1 for group in groups):
+        raise ValueError(
+            "indices_tuple must hold as many positives and negatives as anchors, for triplets (a, p, n) and in each "
+            f"half of pairs (a, p, a, n); found lengths {lengths}."
+        )
     anchor_places = (0,) if len(indices_tuple) == 3 else (0, 2)
     for place, indices in enumerate(indices_tuple):
         limit = anchors if place in anchor_places else references
-        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= limit):
+        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= limit):
             raise ValueError(
                 f"indices_tuple[{place}] must lie in [0, {limit}); found {int(indices.min())} to {int(indices.max())}. "
                 "Pass the loss the same embeddings and references that the miner saw."
             )
+    return [indices.long() for indices in indices_tuple]

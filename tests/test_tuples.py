@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils as pml
@@ -101,6 +103,32 @@ def test_indices_that_point_outside_the_batch_are_an_error(indices: list[list[in
     for convert in (as_triplets, as_pairs):
         with pytest.raises(ValueError, match=message):
             convert(tensors, LABELS, torch.zeros(9, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ((LABELS[:3] * 0, LABELS[:1] * 0, LABELS[:3] * 0), r"as many .* found lengths \[3, 1, 3\]"),
+        ((LABELS[:3] * 0, LABELS[:1] * 0, LABELS[:3] * 0, LABELS[:3] * 0), r"found lengths \[3, 1, 3, 3\]"),
+        ((LABELS[:1] * 0, LABELS[:1] * 0, LABELS[:3] * 0, LABELS[:1] * 0), r"found lengths \[1, 1, 3, 1\]"),
+        (
+            (LABELS * 0.0, LABELS * 0, LABELS * 0),
+            r"indices_tuple\[0\] must be \(T,\) int64 or int32; found torch.float32",
+        ),
+        ((LABELS * 0, LABELS > 0, LABELS * 0), r"indices_tuple\[1\].*torch.bool"),
+        ((LABELS * 0, LABELS * 0, LABELS[None] * 0), r"indices_tuple\[2\].*\(1, 5\)"),
+        ((LABELS * 0, LABELS * 0, [0, 0, 0, 0, 0]), r"indices_tuple\[2\].*found list"),
+    ],
+)
+def test_indices_of_unequal_lengths_or_of_no_integer_type_are_an_error(indices: Any, message: str) -> None:
+    for convert in (as_triplets, as_pairs):
+        with pytest.raises(ValueError, match=message):
+            convert(indices, LABELS)
+
+
+def test_pairs_may_hold_more_negatives_than_positives_and_indices_may_be_int32() -> None:
+    found = as_triplets(tuple(torch.tensor(index).int() for index in ([0], [1], [0, 0], [2, 3])), LABELS)
+    assert rows(*found) == [(0, 1, 2), (0, 1, 3)]
 
 
 @pytest.mark.parametrize(
