@@ -145,6 +145,8 @@ def load(folder: str | PathLike[str], *, device: str | torch.device = "cpu") -> 
     not an embedder's or is of another version, and for weights that are damaged or do not fit the network.
     """
     source = Path(folder)
+    if not (source / CARD).exists() and (source / "model" / CARD).exists():
+        raise FileNotFoundError(f"{source} is the folder of a run; its embedder is in {source / 'model'}.")
     card = _read_card(source / CARD)
     try:
         network = Blueprint(**card["network"]).build()

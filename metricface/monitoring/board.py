@@ -39,7 +39,8 @@ class Board:
 
         scores: (P,) cosines of unit embeddings, same: (P,) whether of one identity. Distances are Euclidean, in [0, 2].
         """
-        self.scalars(step, {f"{people}/{name}": value for name, value in figures.items() if value is not None})
+        # Whole numbers are counts of pairs and people, which a run does not change; those are in its report.
+        self.scalars(step, {f"{people}/{name}": value for name, value in figures.items() if isinstance(value, float)})
         distances = np.sqrt(np.clip(2.0 - 2.0 * scores, 0.0, None))
         for name, chosen in (("positive", same), ("negative", ~same)):
             self._writer.add_histogram(f"{people}/distance_{name}", distances[chosen], step)

@@ -136,7 +136,7 @@ def default_stages() -> list[Stage]:
             miner=Component("BatchHardMiner"),
             loss=Component("TripletLoss", {"margin": 0.2}),
             share=0.4,
-            learning_rate=0.02,
+            learning_rate=0.05,
             warmup=0.1,
         ),
     ]

@@ -134,7 +134,7 @@ def test_resume_without_a_folder_takes_the_newest_run_or_the_output() -> None:
 def test_resume_with_other_settings_is_an_error_that_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     written("out")
     text = message(["--resume", "out", "--stages.triplet.learning_rate", "9"], capsys)
-    assert "stages.triplet.learning_rate (0.02 against 9.0)" in text
+    assert "stages.triplet.learning_rate (0.05 against 9.0)" in text
 
 
 def test_resume_may_change_what_does_not_touch_the_result() -> None:

@@ -62,6 +62,8 @@ def test_a_folder_of_people_is_split_for_the_user() -> None:
     assert main([*SHORT, "--data.train", "faces", "--output", "out"]) == 0
     people = report()["people"]
     assert [people[name]["people"] for name in ("training", "validation", "test")] == [17, 2, 5]
+    with pytest.raises(FileNotFoundError, match="its embedder is in out/model"):
+        metricface.load("out")
     embedder = metricface.load("out/model")
     assert np.linalg.norm(embedder.embed("faces/Person_00/Person_00_0001.png")) == pytest.approx(1.0)
     assert -1.0 <= embedder.description["threshold"] <= 1.0
