@@ -17,7 +17,6 @@ class Identities(NamedTuple):
     positives: Tensor  # (B,) without the anchor itself
     negatives: Tensor  # (B,)
     first_pair: Tensor  # (B,) number of the anchor's first positive pair, all pairs counted in row order
-    longest: int  # max(size)
     pairs: int  # sum(positives)
 
 
@@ -30,11 +29,7 @@ def find_identities(batch: Batch) -> Identities:
     count = torch.searchsorted(sorted_labels, labels, right=True) - first
     positives = count - (batch.self_index >= 0).long()
     first_pair = positives.cumsum(0) - positives
-    longest = count.amax() if len(count) else count.sum()
-    longest_count, pairs = torch.stack([longest, positives.sum()]).tolist()
-    return Identities(
-        by_label, first, count, positives, len(ref_labels) - count, first_pair, int(longest_count), int(pairs)
-    )
+    return Identities(by_label, first, count, positives, len(ref_labels) - count, first_pair, int(positives.sum()))
 
 
 def positive_pairs(batch: Batch, identities: Identities) -> tuple[Tensor, Tensor]:

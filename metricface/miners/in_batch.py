@@ -97,7 +97,7 @@ class SemiHardMiner(_Miner):
     or the "hardest" (closest) of all. FaceNet does not say; tensorflow-addons is margin=inf, fallback="easiest".
     normalize: scale rows to length 1 first. generator: where draws come from, None for torch's global one.
     tile_rows: anchors worked on at a time, None to choose by size and device; it changes no result beyond rounding.
-    Exact ties take the lowest index. Time grows with (B, R) times the size of the largest identity.
+    Exact ties take the lowest index. Time grows with R times the number of positive pairs.
     Source: Schroff et al. 2015, FaceNet, section 3.2.
     """
 
@@ -123,21 +123,26 @@ class SemiHardMiner(_Miner):
 
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""
-        return f"margin={self.margin}, negative={self.negative!r}, fallback={self.fallback!r}, {_repr(self)}"
+        return (
+            f"margin={self.margin}, negative={self.negative!r}, fallback={self.fallback!r}, "
+            f"distance={self.distance!r}, normalize={self.normalize}"
+        )
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         uniform = _uniform(identities.pairs, batch, self.generator) if self.negative == "random" else None
-        parts, without = [], identities.size.new_zeros(())
+        parts, in_window = [], identities.size.new_zeros(())
         for tile in kernels.tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
             sq_upper = kernels.sq_reach(tile.sq_positive, self.margin, self.distance)
             draws = None if uniform is None else uniform[tile.pair]
-            negative, found = kernels.semi_hard(tile.sq_positive, sq_upper, tile.sq_negative, draws)
-            without += (tile.is_positive & ~found).sum()
+            negative, found = kernels.semi_hard(tile.sq_positive, sq_upper, tile.sq_negative, draws, depths=tile.depths)
+            wanted = tile.is_positive & found
+            in_window += wanted.sum()
             if self.fallback != "skip":
                 negative = torch.where(found, negative, self._instead(tile)[:, None])
-                found |= identities.negatives[tile.anchors, None] > 0
-            parts.append(_pick(tile, negative, tile.is_positive & found))
-        return Chosen(_joined(parts, batch), identities.positives.sum(), without)
+                wanted = tile.is_positive
+            parts.append(_pick(tile, negative, wanted))
+        pairs = identities.positives.sum()
+        return Chosen(_joined(parts, batch), pairs, pairs - in_window)
 
     def _instead(self, tile: Tile) -> Tensor:
         if self.fallback == "hardest":
@@ -162,7 +167,7 @@ class BatchHardMiner(_Miner):
 
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""
-        return _repr(self)
+        return f"distance={self.distance!r}, normalize={self.normalize}"
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         has_positive, has_negative = identities.positives > 0, identities.negatives > 0
@@ -170,9 +175,7 @@ class BatchHardMiner(_Miner):
         for tile in kernels.tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
             place = kernels.farthest(tile.sq_positive, tile.is_positive)
             positive = tile.same.gather(1, place[:, None])[:, 0]
-            kept = (has_positive & has_negative)[tile.anchors]
-            negative = kernels.first_min(tile.sq_negative)
-            parts.append(Triplets(tile.anchors[kept], positive[kept], negative[kept]))
+            parts.append(Triplets(tile.anchors, positive, kernels.first_min(tile.sq_negative)))
         return Chosen(_joined(parts, batch), has_positive.sum(), (has_positive & ~has_negative).sum())
 
 
@@ -212,21 +215,24 @@ class DistanceWeightedMiner(_Miner):
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""
         cutoffs = f"cutoff={self.cutoff}, nonzero_loss_cutoff={self.nonzero_loss_cutoff}"
-        return f"{cutoffs}, fallback={self.fallback!r}, {_repr(self)}"
+        return f"{cutoffs}, fallback={self.fallback!r}, normalize={self.normalize}"
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         uniform = _uniform(identities.pairs, batch, self.generator)
-        parts, without = [], identities.size.new_zeros(())
+        parts, with_eligible = [], identities.size.new_zeros(())
         for tile in kernels.tiles(batch, identities, "euclidean", tile_rows=self.tile_rows):
             weights, eligible = self._weights(tile, batch.ref_emb.shape[1])
+            draws, negative = uniform[tile.pair], torch.zeros_like(tile.same)
             # As many draws at a time as make their blocks no larger than the tile.
             at_once = weights.shape[1] // kernels.BLOCK
-            draws = torch.split(uniform[tile.pair], at_once, dim=1)
-            negative = torch.cat([kernels.draw(weights, some)[0] for some in draws], dim=1)
-            without += (tile.is_positive & ~eligible[:, None]).sum()
-            drawable = identities.negatives[tile.anchors] > 0 if self.fallback == "uniform" else eligible
-            parts.append(_pick(tile, negative, tile.is_positive & drawable[:, None]))
-        return Chosen(_joined(parts, batch), identities.positives.sum(), without)
+            for first in range(0, len(tile.depths), at_once):
+                rows, columns = tile.depths[first], slice(first, first + at_once)
+                negative[:rows, columns], _ = kernels.draw(weights[:rows], draws[:rows, columns])
+            wanted = tile.is_positive & eligible[:, None]
+            with_eligible += wanted.sum()
+            parts.append(_pick(tile, negative, tile.is_positive if self.fallback == "uniform" else wanted))
+        pairs = identities.positives.sum()
+        return Chosen(_joined(parts, batch), pairs, pairs - with_eligible)
 
     def _weights(self, tile: Tile, dim: int) -> tuple[Tensor, Tensor]:
         """Weights (b, R') of the negatives, by distance or, if the fallback asks for it, equal; (b,) by distance."""
@@ -261,11 +267,6 @@ class RandomMiner(_Miner):
         return Chosen(triplets, identities.positives.sum(), (~kept).sum())
 
 
-def _repr(miner: _Miner) -> str:
-    distance = f"distance={miner.distance!r}, " if hasattr(miner, "distance") else ""
-    return f"{distance}normalize={miner.normalize}"
-
-
 def _uniform(number: int, batch: Batch, generator: torch.Generator | None) -> Tensor:
     """(number,) float64 in [0, 1): one for each positive pair in row order, so that tiles do not change the draws."""
     device = batch.labels.device if generator is None else generator.device
@@ -279,7 +280,8 @@ def _pick(tile: Tile, negative: Tensor, wanted: Tensor) -> Triplets:
 
 
 def _joined(parts: list[Triplets], batch: Batch) -> Triplets:
-    """The triplets of all tiles, in order."""
+    """The triplets of all tiles, anchors ascending."""
     nothing = batch.labels.new_empty(0, dtype=torch.long)
     columns = [torch.cat([nothing, *(part[i] for part in parts)]) for i in range(3)]
-    return Triplets(*columns)
+    order = columns[0].argsort(stable=True)  # positives of an anchor stay ascending
+    return Triplets(*(column[order] for column in columns))

@@ -9,7 +9,7 @@ vectorised passes (about 0.05 ns a number, against 3.4 ns for the product at D =
 argmin and 140 for a sort): so nothing is sorted, and minima are found block by block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,14 +33,15 @@ _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Tile(NamedTuple):
-    """Distances of b anchors to all references.
+    """Distances of b anchors to all references; the anchors with most references of their identity come first.
 
-    `same` lists the columns of an anchor's identity, ascending; M is the size of the largest identity, and smaller ones
-    are filled up with other columns, where `is_positive` is False, as it is at the anchor itself.
+    `same` lists the columns of an anchor's identity, ascending; M is the size of the largest identity in the tile, and
+    smaller ones are filled up with other columns, where `is_positive` is False, as it is at the anchor itself.
     """
 
-    anchors: Tensor  # (b,) int64 rows of the embeddings
+    anchors: Tensor  # (b,) int64 rows of the embeddings, each with a positive and a negative
     same: Tensor  # (b, M) int64 rows of the references
+    depths: list[int]  # M numbers: how many anchors, from the first on, have a reference in that column of `same`
     is_positive: Tensor  # (b, M) bool
     pair: Tensor  # (b, M) int64, the positive pair's number in row order; any valid number where there is none
     sq_positive: Tensor  # (b, M) squared distances to `same`
@@ -53,11 +54,16 @@ def default_tile_rows(references: int, device: torch.device) -> int:
 
 
 def tiles(batch: Batch, identities: Identities, distance: Distance, *, tile_rows: int | None = None) -> Iterator[Tile]:
-    """Distances of the batch, `tile_rows` anchors at a time; nothing where no anchor has a positive.
+    """Distances of the anchors that have a positive and a negative, `tile_rows` at a time.
 
-    The large tensor of a tile is used again for the next one: take what is needed before going on.
+    From the largest identity to the smallest, else in order: one identity that is much larger than the others makes
+    work for its own anchors only. The large tensor of a tile is used again for the next one: take what is needed
+    before going on.
     """
-    if identities.pairs == 0:
+    mined = ((identities.positives > 0) & (identities.negatives > 0)).nonzero()[:, 0]
+    mined = mined[identities.size[mined].argsort(descending=True, stable=True)]
+    sizes = identities.size[mined].tolist()
+    if not sizes:
         return
     queries, references = batch.embeddings, batch.ref_emb
     if distance == "cosine":
@@ -66,22 +72,32 @@ def tiles(batch: Batch, identities: Identities, distance: Distance, *, tile_rows
     num_references = len(references)
     rows_at_once = tile_rows or default_tile_rows(num_references, queries.device)
     padded = -(-num_references // BLOCK) * BLOCK
-    buffer = queries.new_empty(min(rows_at_once, len(queries)), padded)
+    buffer = queries.new_empty(min(rows_at_once, len(sizes)), padded)
     sq_norms, ref_sq_norms = queries.square().sum(dim=1, keepdim=True), references.square().sum(dim=1)
-    for start in range(0, len(queries), rows_at_once):
-        anchors = torch.arange(start, min(start + rows_at_once, len(queries)), device=queries.device)
+    for start in range(0, len(sizes), rows_at_once):
+        anchors = mined[start : start + rows_at_once]
         tile = buffer[: len(anchors)]
         tile[:, num_references:] = torch.inf
         sq_dist = tile[:, :num_references]
         with without_autocast(queries):
             torch.mm(queries[anchors] * -2.0, references.T, out=sq_dist)
         sq_dist.add_(ref_sq_norms).add_(sq_norms[anchors]).clamp_min_(0.0)
-        yield _divide(tile, anchors, batch, identities)
+        yield _divide(tile, anchors, _depths(sizes[start : start + rows_at_once]), batch, identities)
 
 
-def _divide(tile: Tensor, anchors: Tensor, batch: Batch, identities: Identities) -> Tile:
+def _depths(sizes: Sequence[int]) -> list[int]:
+    """For each number below the first size, how many sizes exceed it. sizes: descending."""
+    depths, rows = [], len(sizes)
+    for number in range(sizes[0]):
+        while sizes[rows - 1] <= number:
+            rows -= 1
+        depths.append(rows)
+    return depths
+
+
+def _divide(tile: Tensor, anchors: Tensor, depths: list[int], batch: Batch, identities: Identities) -> Tile:
     """Take the distances to the anchors' own identities out of the tile and leave +inf in their place."""
-    offset = torch.arange(identities.longest, device=tile.device)
+    offset = torch.arange(len(depths), device=tile.device)
     # Modulo, not clamp: the columns of a row must all differ, or the scatter below would write one of them twice.
     place = (identities.first[anchors, None] + offset) % len(identities.by_label)  # (b, 1) + (M,)
     same = identities.by_label[place]
@@ -90,7 +106,7 @@ def _divide(tile: Tensor, anchors: Tensor, batch: Batch, identities: Identities)
     pair = identities.first_pair[anchors, None] + is_positive.cumsum(dim=1) - 1
     sq_positive = tile.gather(1, same)
     tile.scatter_(1, same, sq_positive.masked_fill(is_same, torch.inf))
-    return Tile(anchors, same, is_positive, pair.clamp_(0, identities.pairs - 1), sq_positive, tile)
+    return Tile(anchors, same, depths, is_positive, pair.clamp_(0, identities.pairs - 1), sq_positive, tile)
 
 
 def _blocks(values: Tensor) -> Tensor:
@@ -125,12 +141,18 @@ def sq_reach(sq_dist: Tensor, margin: float, distance: Distance) -> Tensor:
 
 
 def semi_hard(
-    sq_positive: Tensor, sq_upper: Tensor, sq_negative: Tensor, uniform: Tensor | None = None
+    sq_positive: Tensor,
+    sq_upper: Tensor,
+    sq_negative: Tensor,
+    uniform: Tensor | None = None,
+    *,
+    depths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A negative with sq_positive < sq_negative < sq_upper for each positive pair.
 
     sq_positive, sq_upper: (b, M); sq_negative: (b, R'), +inf where not a negative. With `uniform` (b, M) in [0, 1) the
-    negative is drawn with equal chances from the window, else it is the closest one, the lowest index on ties.
+    negative is drawn with equal chances from the window, else it is the closest one, the lowest index on ties. depths:
+    M numbers, in how many rows, from the first on, to look at all (default: all); the others find nothing.
     Returns (b, M) columns and (b, M) bool, whether the window held any (if not, the column means nothing).
     A few vectorised passes a positive; a sort of the row pays off only above several hundred positives.
     """
@@ -143,15 +165,16 @@ def semi_hard(
     distances = sq_negative.view(integer)
     shifted = torch.empty_like(distances)
     negatives, found = torch.zeros_like(sq_positive, dtype=torch.long), torch.zeros_like(sq_positive, dtype=torch.bool)
-    for j in range(sq_positive.shape[1]):
-        torch.sub(distances, shift[:, j, None], out=shifted)
+    for j, rows in enumerate(depths or [len(sq_positive)] * sq_positive.shape[1]):
+        below, top = shift[:rows, j, None], limit[:rows, j]
+        torch.sub(distances[:rows], below, out=shifted[:rows])
         if uniform is None:
-            column = first_min(shifted)
-            found[:, j] = shifted.gather(1, column[:, None])[:, 0] < limit[:, j]
-            negatives[:, j] = column
+            column = first_min(shifted[:rows])
+            found[:rows, j] = shifted[:rows].gather(1, column[:, None])[:, 0] < top
+            negatives[:rows, j] = column
         else:
-            column, some = draw(shifted < limit[:, j, None], uniform[:, j, None])
-            negatives[:, j], found[:, j] = column[:, 0], some
+            column, some = draw(shifted[:rows] < top[:, None], uniform[:rows, j, None])
+            negatives[:rows, j], found[:rows, j] = column[:, 0], some
     return negatives, found
 
 

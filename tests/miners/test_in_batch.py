@@ -433,6 +433,37 @@ def test_no_tensor_is_larger_than_a_tile_or_the_embeddings(make: Make) -> None:
     assert largest.numbers <= max(8 * len(x), x.numel()) < len(x) ** 2 / 30
 
 
+class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the sizes of everything that is computed, views and empty memory aside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            for tensor in made if isinstance(made, (tuple, list)) else (made,):
+                self.numbers += tensor.numel() if isinstance(tensor, Tensor) else 0
+        return made
+
+
+@MINERS
+def test_one_identity_alone_costs_no_more_than_a_draw_for_each_pair(make: Make) -> None:
+    x = torch.randn(600, 4, generator=seeded())
+    with Work() as work:  # type: ignore[no-untyped-call]
+        make()(x, torch.zeros(600).long())
+    assert work.numbers < 2 * 600**2
+
+
+@MINERS
+def test_one_large_identity_makes_work_for_its_own_anchors_only(make: Make) -> None:
+    # One anchor with 600 positives among 64 anchors with 4: 856 pairs, not 64 x 600.
+    labels, ref_labels = torch.arange(64), torch.cat([torch.zeros(600).long(), torch.arange(1, 64).repeat(4)])
+    x, references = torch.randn(64, 4, generator=seeded(0)), torch.randn(852, 4, generator=seeded(1))
+    with Work() as work:  # type: ignore[no-untyped-call]
+        make()(x, labels, references, ref_labels)
+    assert work.numbers < 8 * (852 + 64) * 896
+
+
 def test_draws_come_from_the_generator_alone() -> None:
     x, labels = faces()
     for make in (lambda g: SemiHardMiner(negative="random", generator=g), lambda g: DistanceWeightedMiner(generator=g)):

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from metricface.distances import Distance, pairwise
-from metricface.identities import find_identities, positive_pairs
+from metricface.identities import find_identities
 from metricface.miners import kernels
 from metricface.tuples import check_batch
 from tests.vectors import case
@@ -138,10 +138,10 @@ def test_tiles_hold_every_squared_distance_once_and_infinity_where_there_is_no_n
     batch = check_batch(x, labels, y, ref_labels, self_index)
     identities = find_identities(batch)
     expected = pairwise(x, y, "squared_euclidean") if distance != "cosine" else 2 * pairwise(x, y, "cosine")
-    pairs = []
+    negatives, pairs, numbers, anchors = batch.negative_mask(), [], [], []
     for tile in kernels.tiles(batch, identities, distance, tile_rows=4):
         assert tile.sq_negative.shape[1] == 2 * kernels.BLOCK
-        negative = batch.negative_mask(slice(int(tile.anchors[0]), int(tile.anchors[-1]) + 1))
+        negative = negatives[tile.anchors]
         padded = torch.nn.functional.pad(negative, (0, 2 * kernels.BLOCK - 70))
         assert torch.equal(tile.sq_negative.isfinite(), padded)
         torch.testing.assert_close(tile.sq_negative[padded], expected[tile.anchors][negative])
@@ -150,8 +150,21 @@ def test_tiles_hold_every_squared_distance_once_and_infinity_where_there_is_no_n
             tile.sq_positive[row, place], expected[tile.anchors[row], tile.same[row, place]], atol=1e-5, rtol=1e-5
         )
         pairs += list(zip(tile.anchors[row].tolist(), tile.same[row, place].tolist(), strict=True))
-        assert tile.pair[row, place].tolist() == list(range(len(pairs) - len(row), len(pairs)))
-    assert pairs == [tuple(pair) for pair in batch.positive_mask().nonzero().tolist()]
-    assert len(pairs) == identities.pairs
-    listed = positive_pairs(batch, identities)
-    assert pairs == list(zip(listed[0].tolist(), listed[1].tolist(), strict=True))
+        numbers += tile.pair[row, place].tolist()
+        anchors += tile.anchors.tolist()
+        sizes = identities.size[tile.anchors]
+        assert tile.depths == [int((sizes > j).sum()) for j in range(int(sizes.max()))]
+        assert all((sizes[:rows] > j).all() for j, rows in enumerate(tile.depths))
+    every_pair = [tuple(pair) for pair in batch.positive_mask().nonzero().tolist()]
+    assert sorted(pairs) == every_pair
+    assert [every_pair[number] for number in numbers] == pairs
+    assert identities.size[anchors].tolist() == sorted(identities.size[anchors].tolist(), reverse=True)
+
+
+def test_tiles_leave_out_anchors_without_a_positive_or_without_a_negative() -> None:
+    x, labels = torch.randn(6, 3, generator=seeded(0)), torch.tensor([5, 5, 5, 8, 9, 9])
+    batch = check_batch(x, labels)
+    found = [tile.anchors.tolist() for tile in kernels.tiles(batch, find_identities(batch), "euclidean")]
+    assert found == [[0, 1, 2, 4, 5]]
+    alike = check_batch(x, labels * 0)
+    assert list(kernels.tiles(alike, find_identities(alike), "euclidean")) == []
