@@ -62,11 +62,12 @@ def check_batch(
 ) -> Batch:
     """Validate what a miner or loss was given, and fill in what was left out.
 
-    embeddings: (B, D) floating; labels: (B,) of any integer type. Without `ref_emb` the references are the batch
-    itself and every anchor is its own reference row. With `ref_emb` (R, D) and `ref_labels` (R,), no anchor is among
-    the references unless `self_index` (B,) says at which row (-1: not there). normalize: scale rows to unit length.
-    Half-precision embeddings become float32. Raises ValueError for wrong shapes, types and ranges, and for NaN or
-    infinite values.
+    embeddings: (B, D) floating; labels: (B,) of any integer type; tensors, not lists or NumPy arrays. Without
+    `ref_emb` the references are the batch itself and every anchor is its own reference row. With `ref_emb` (R, D) and
+    `ref_labels` (R,), no anchor is among the references unless `self_index` (B,) says at which row (-1: not there).
+    normalize: scale rows to unit length. Half-precision embeddings become float32; where embeddings and references
+    differ in type, both become the wider one. Raises ValueError for wrong shapes, types and ranges, for NaN and
+    infinity, and for rows so long that squared distances overflow.
     """
     _check_rows(embeddings, labels, "embeddings", "labels")
     if (ref_emb is None) != (ref_labels is None):
@@ -84,11 +85,26 @@ def check_batch(
         ref_labels = ref_labels.to(device)
         itself = torch.full((len(labels),), -1, device=device)
     if self_index is not None:
-        itself = _check_self_index(self_index.to(device), labels, ref_labels)
+        itself = _check_self_index(self_index, labels, ref_labels)
     prepare = unit_rows if normalize else full_precision
-    queries = prepare(embeddings)
-    references = queries if shared else prepare(ref_emb)
+    common = torch.promote_types(embeddings.dtype, ref_emb.dtype)
+    queries = prepare(embeddings.to(common))
+    references = queries if shared else prepare(ref_emb.to(common))
     return Batch(queries, labels, references, ref_labels, itself)
+
+
+@torch.no_grad()
+def check_values(embeddings: Tensor, name: str) -> None:
+    """Raise ValueError if a row of embeddings (N, D) holds NaN or infinity, or is too long to be squared."""
+    rows = full_precision(embeddings)
+    limit = torch.finfo(rows.dtype).max / 64.0  # squared distances of such rows, and sums of a few, are finite
+    usable = rows.square().sum(dim=1) <= limit  # False for NaN
+    if not bool(usable.all()):
+        bad = (~usable).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"{len(bad)} of {len(rows)} rows of {name} hold NaN or infinity, or are longer than {limit**0.5:.1e} "
+            f"(first: row {bad[0]}). Lower the learning rate, or look for a corrupt input image."
+        )
 
 
 def as_triplets(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor | None = None) -> Triplets:
@@ -121,6 +137,9 @@ def as_pairs(indices_tuple: Sequence[Tensor], labels: Tensor, ref_labels: Tensor
 
 
 def _check_rows(embeddings: Tensor, labels: Tensor, emb_name: str, label_name: str) -> None:
+    for tensor, name in ((embeddings, emb_name), (labels, label_name)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor; found {type(tensor).__name__}. torch.as_tensor makes one.")
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(
             f"{emb_name} must be floating (rows, dimensions); found {embeddings.dtype} {tuple(embeddings.shape)}."
@@ -133,18 +152,15 @@ def _check_rows(embeddings: Tensor, labels: Tensor, emb_name: str, label_name: s
         raise ValueError(
             f"{label_name} must be integers (float labels merge identities above 2^24); found {labels.dtype}."
         )
-    finite = torch.isfinite(embeddings).all(dim=1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero()[:, 0].tolist()
-        raise ValueError(
-            f"{len(bad)} of {len(embeddings)} rows of {emb_name} hold NaN or infinity (first: row {bad[0]}). "
-            "Lower the learning rate, or look for a corrupt input image."
-        )
+    check_values(embeddings, emb_name)
 
 
 def _check_self_index(self_index: Tensor, labels: Tensor, ref_labels: Tensor) -> Tensor:
     anchors, references = len(labels), len(ref_labels)
-    if self_index.shape != (anchors,) or self_index.is_floating_point():
+    if not isinstance(self_index, Tensor):
+        raise ValueError(f"self_index must be a tensor; found {type(self_index).__name__}.")
+    self_index = self_index.to(labels.device)
+    if self_index.shape != (anchors,) or self_index.is_floating_point() or self_index.dtype == torch.bool:
         raise ValueError(
             f"self_index must be ({anchors},) integers, one per anchor; "
             f"found {self_index.dtype} {tuple(self_index.shape)}."

@@ -5,6 +5,7 @@ import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils as pml
 from torch import Tensor
 
+from metricface.distances import pairwise
 from metricface.tuples import Batch, Pairs, Triplets, as_pairs, as_triplets, check_batch
 
 LABELS = torch.tensor([3, 3, 7, 7, 9])
@@ -64,6 +65,22 @@ def test_half_precision_becomes_float32_and_normalize_gives_unit_rows() -> None:
     assert batch.embeddings.dtype == torch.float32
     unit = check_batch(batch.embeddings, batch.labels, normalize=True).embeddings
     torch.testing.assert_close(unit, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_embeddings_and_references_of_two_types_meet_in_the_wider_one() -> None:
+    for one, other, common in (
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float16, torch.float64),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16, torch.float32),
+    ):
+        batch = check_batch(EMB.to(one), LABELS, EMB.to(other), LABELS, normalize=True)
+        assert batch.embeddings.dtype == batch.ref_emb.dtype == common
+
+
+def test_the_longest_rows_allowed_have_finite_distances() -> None:
+    batch = check_batch(EMB * 2e18, LABELS, EMB * -2e18, LABELS)
+    assert torch.isfinite(pairwise(batch.embeddings, batch.ref_emb, "squared_euclidean")).all()
 
 
 def test_pairs_meet_on_their_anchor_as_in_pml() -> None:
@@ -141,6 +158,13 @@ def test_pairs_may_hold_more_negatives_than_positives_and_indices_may_be_int32()
             "5 of 5 rows of embeddings hold NaN",
         ),
         ({"embeddings": torch.eye(5).index_fill(0, torch.tensor(3), torch.inf)}, "first: row 3"),
+        ({"embeddings": torch.eye(5) * 1e19}, "5 of 5 rows of embeddings .* longer than 2.3e.18"),
+        ({"embeddings": [[1.0]]}, "embeddings must be a tensor; found list"),
+        ({"labels": LABELS.tolist()}, "labels must be a tensor; found list. torch.as_tensor"),
+        ({"labels": LABELS.numpy()}, "labels must be a tensor; found ndarray"),
+        ({"ref_emb": EMB, "ref_labels": LABELS.numpy()}, "ref_labels must be a tensor; found ndarray"),
+        ({"self_index": [0, 1, 2, 3, 4]}, "self_index must be a tensor; found list"),
+        ({"self_index": LABELS > 3}, "self_index must be .5,. integers"),
         ({"labels": LABELS[:4]}, r"labels must be \(5,\)"),
         ({"labels": LABELS.float()}, "2.24"),
         ({"labels": LABELS > 3}, "torch.bool"),
@@ -154,11 +178,9 @@ def test_pairs_may_hold_more_negatives_than_positives_and_indices_may_be_int32()
         ({"self_index": torch.tensor([1, 2, 3, 3, 4])}, "another identity for 1 of 5 anchors .first: row 1"),
     ],
 )
-def test_what_does_not_fit_together_is_an_error_that_says_what_was_found(
-    change: dict[str, Tensor], message: str
-) -> None:
+def test_what_does_not_fit_together_is_an_error_that_says_what_was_found(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_batch(**{"embeddings": EMB, "labels": LABELS, **change})  # type: ignore[arg-type]
+        check_batch(**{"embeddings": EMB, "labels": LABELS, **change})
 
 
 def test_empty_batches_and_empty_references_are_allowed() -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metricface.choices import is_count
 from metricface.distances import full_precision, without_autocast
+from metricface.tuples import check_values
 
 
 class Head(nn.Module, ABC):
@@ -20,10 +22,10 @@ class Head(nn.Module, ABC):
 
     def __init__(self, num_classes: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if num_classes < 1 or embedding_dim < 1:
+        if not is_count(num_classes) or not is_count(embedding_dim):
             raise ValueError(
                 f"{type(self).__name__} needs at least 1 class and 1 dimension; "
-                f"got num_classes={num_classes}, embedding_dim={embedding_dim}."
+                f"got num_classes={num_classes!r}, embedding_dim={embedding_dim!r}."
             )
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
@@ -31,10 +33,11 @@ class Head(nn.Module, ABC):
         nn.init.normal_(self.weight, std=0.01, generator=generator)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of a batch, the mean over its B rows: a float32 scalar (0 for B = 0).
+        """Cross-entropy of a batch, the mean over its B rows: a scalar in float32 (float64 for a float64
+        head), 0 for B = 0.
 
         embeddings: (B, D) raw, of any floating type; labels: (B,) integers in [0, C).
-        Raises ValueError for other shapes, types and ranges, and for NaN or infinite embeddings.
+        Raises ValueError for other shapes, types and ranges, and for NaN, infinite or overflowing embeddings.
         """
         self._check_embeddings(embeddings)
         labels = self._check_labels(labels, len(embeddings)).to(embeddings.device)  # from a loader: on the CPU
@@ -60,19 +63,18 @@ class Head(nn.Module, ABC):
         return embeddings.to(full_precision(self.weight).dtype)
 
     def _check_embeddings(self, embeddings: Tensor) -> None:
+        if not isinstance(embeddings, Tensor):
+            raise ValueError(f"{type(self).__name__} takes tensors; found embeddings as {type(embeddings).__name__}.")
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim or not embeddings.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__} was built for floating (batch, {self.embedding_dim}) embeddings; "
                 f"found {embeddings.dtype} {tuple(embeddings.shape)}."
             )
-        finite = torch.isfinite(embeddings).all(dim=1)
-        if not bool(finite.all()):
-            raise ValueError(
-                f"{int((~finite).sum())} of {len(embeddings)} embeddings hold NaN or infinity. "
-                "Lower the learning rate, or look for a corrupt input image."
-            )
+        check_values(embeddings, "embeddings")
 
     def _check_labels(self, labels: Tensor, rows: int) -> Tensor:
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels must be an integer tensor; found {type(labels).__name__}.")
         if labels.shape != (rows,):
             raise ValueError(f"labels must be ({rows},), one per embedding; found {tuple(labels.shape)}.")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

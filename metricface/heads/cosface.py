@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from metricface.choices import is_number
 from metricface.distances import unit_rows
 from metricface.heads.base import Head
 
@@ -26,8 +27,10 @@ class CosFace(Head):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(num_classes, embedding_dim, generator=generator)
-        if not 0 <= margin_cos < 2 or not scale > 0:
-            raise ValueError(f"margin_cos must lie in [0, 2) and scale above 0; got {margin_cos} and {scale}.")
+        if not is_number(margin_cos) or not 0 <= margin_cos < 2:
+            raise ValueError(f"margin_cos must lie in [0, 2); got {margin_cos!r}.")
+        if not is_number(scale) or scale <= 0:
+            raise ValueError(f"scale must be a finite number above 0; got {scale!r}.")
         self.margin_cos = margin_cos
         self.scale = scale
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from metricface.choices import check_choice
+from metricface.choices import check_choice, is_number
 from metricface.losses.gathering import distance_matrix, distances_of
 from metricface.losses.reduction import mean_over
 from metricface.losses.streaming import Sum, anchor_chunks, streamed
@@ -42,8 +42,10 @@ class ContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, get_args(ContrastiveReduction))
-        if not margin > 0:
-            raise ValueError(f"margin must be positive, the distance beyond which pairs are left alone; got {margin}.")
+        if not is_number(margin) or margin <= 0:
+            raise ValueError(
+                f"margin must be positive and finite, the distance beyond which pairs are left alone; got {margin!r}."
+            )
         self.margin = margin
         self.normalize = normalize
         self.reduction = reduction

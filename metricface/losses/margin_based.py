@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from metricface.choices import is_count, is_number
 from metricface.losses.gathering import distance_matrix, distances_of
 from metricface.losses.reduction import mean_over
 from metricface.losses.streaming import Sum, anchor_chunks, streamed
@@ -49,10 +50,17 @@ class MarginBasedLoss(nn.Module):
         learn_beta: bool = True,
     ) -> None:
         super().__init__()
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, or None for one beta for all; got {num_classes}.")
-        if not alpha >= 0:
-            raise ValueError(f"alpha must be 0 or more, half the gap between the two kinds of pair; got {alpha}.")
+        if num_classes is not None and not is_count(num_classes):
+            raise ValueError(
+                f"num_classes must be a whole number, at least 1, or None for one beta for all; got {num_classes!r}."
+            )
+        for name, value, meaning in (
+            ("alpha", alpha, "half the gap between the two kinds of pair"),
+            ("beta", beta, "a distance, the boundary between them"),
+            ("nu", nu, "the weight of the sum of beta"),
+        ):
+            if not is_number(value) or value < 0:
+                raise ValueError(f"{name} must be 0 or more and finite, {meaning}; got {value!r}.")
         initial = torch.full(() if num_classes is None else (num_classes,), float(beta))
         if learn_beta:
             self.beta = nn.Parameter(initial)

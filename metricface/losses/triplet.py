@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metricface.choices import check_choice
+from metricface.choices import check_choice, is_number
 from metricface.distances import Distance
 from metricface.losses.gathering import distances_of
 from metricface.losses.reduction import mean_over
@@ -50,10 +50,8 @@ class TripletLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, get_args(TripletReduction))
-        if isinstance(margin, str):
-            check_choice("margin", margin, ("soft",))
-        elif not margin >= 0:
-            raise ValueError(f'margin must be 0 or more, or "soft"; got {margin}.')
+        if margin != "soft" and (not is_number(margin) or margin < 0):
+            raise ValueError(f"margin must be a finite number, 0 or more, or the word 'soft'; got {margin!r}.")
         self.margin = margin
         self.squared = squared
         self.normalize = normalize

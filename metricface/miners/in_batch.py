@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from metricface.choices import check_choice
+from metricface.choices import check_choice, is_count, is_number
 from metricface.distances import Distance, check_distance
 from metricface.identities import Identities, find_identities, positive_pairs
 from metricface.miners import kernels
@@ -46,8 +46,11 @@ class _Miner(nn.Module, ABC):
 
     def __init__(self, *, normalize: bool, tile_rows: int | None = None) -> None:
         super().__init__()
-        if tile_rows is not None and tile_rows < 1:
-            raise ValueError(f"tile_rows must be at least 1, or None to choose by size and device; found {tile_rows}.")
+        if tile_rows is not None and not is_count(tile_rows):
+            raise ValueError(
+                "tile_rows must be a whole number, at least 1, or None to choose by size and device; "
+                f"found {tile_rows!r}."
+            )
         self.normalize = normalize
         self.tile_rows = tile_rows
         self.last: MiningCounts | None = None
@@ -113,8 +116,10 @@ class SemiHardMiner(_Miner):
         tile_rows: int | None = None,
     ) -> None:
         super().__init__(normalize=normalize, tile_rows=tile_rows)
-        if not margin > 0:
-            raise ValueError(f"SemiHardMiner needs margin > 0, the width of its window; found {margin}.")
+        if not is_number(margin, infinite=True) or margin <= 0:
+            raise ValueError(
+                f"SemiHardMiner needs a number margin > 0, the width of its window, maybe infinite; found {margin!r}."
+            )
         check_choice("negative", negative, get_args(Negative))
         check_choice("fallback", fallback, get_args(SemiHardFallback))
         check_distance(distance)
@@ -187,8 +192,8 @@ class DistanceWeightedMiner(_Miner):
     cutoff: distances below count as this one, which bounds the chances of the closest. nonzero_loss_cutoff: negatives
     this far or farther are never drawn. fallback: where an anchor has negatives, but none closer than that: "skip" its
     pairs or draw with equal chances from all of its negatives ("uniform").
-    normalize: scale rows to length 1 first; with False they must be of length 1 already. generator, tile_rows: as in
-    SemiHardMiner; draws do not depend on tile_rows.
+    normalize: scale rows to length 1 first; with False they must be of length 1 already, within 1%. generator,
+    tile_rows: as in SemiHardMiner; draws do not depend on tile_rows.
     Source: Wu et al. 2017, Sampling Matters in Deep Embedding Learning, section 4.
     """
 
@@ -203,10 +208,11 @@ class DistanceWeightedMiner(_Miner):
         tile_rows: int | None = None,
     ) -> None:
         super().__init__(normalize=normalize, tile_rows=tile_rows)
-        if not 0 < cutoff < min(nonzero_loss_cutoff, 2.0):
+        numbers = is_number(cutoff) and is_number(nonzero_loss_cutoff, infinite=True)
+        if not numbers or not 0 < cutoff < min(nonzero_loss_cutoff, 2.0):
             raise ValueError(
                 "DistanceWeightedMiner needs 0 < cutoff < nonzero_loss_cutoff and cutoff < 2 (unit rows); "
-                f"found cutoff={cutoff}, nonzero_loss_cutoff={nonzero_loss_cutoff}."
+                f"found cutoff={cutoff!r}, nonzero_loss_cutoff={nonzero_loss_cutoff!r}."
             )
         check_choice("fallback", fallback, get_args(WeightedFallback))
         self.cutoff, self.nonzero_loss_cutoff = cutoff, nonzero_loss_cutoff
@@ -218,6 +224,8 @@ class DistanceWeightedMiner(_Miner):
         return f"{cutoffs}, fallback={self.fallback!r}, normalize={self.normalize}"
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
+        if not self.normalize:
+            _check_unit(batch)
         uniform = _uniform(identities.pairs, batch, self.generator)
         parts, with_eligible = [], identities.size.new_zeros(())
         for tile in kernels.tiles(batch, identities, "euclidean", tile_rows=self.tile_rows):
@@ -265,6 +273,17 @@ class RandomMiner(_Miner):
         kept = negatives > 0
         triplets = Triplets(anchor[kept], positive[kept], identities.by_label[drawn[kept]])
         return Chosen(triplets, identities.positives.sum(), (~kept).sum())
+
+
+def _check_unit(batch: Batch) -> None:
+    for rows, name in ((batch.embeddings, "embeddings"), (batch.ref_emb, "ref_emb")):
+        lengths = rows.square().sum(dim=1).sqrt()
+        wrong = ((lengths - 1.0).abs() > 0.01).nonzero()[:, 0]  # bfloat16 rounds a length by up to 0.4%
+        if len(wrong):
+            raise ValueError(
+                f"{len(wrong)} of {len(rows)} rows of {name} are not of length 1 (first: row {int(wrong[0])}, length "
+                f"{float(lengths[wrong[0]]):.3g}). Pass unit rows, or leave normalize=True."
+            )
 
 
 def _uniform(number: int, batch: Batch, generator: torch.Generator | None) -> Tensor:

@@ -211,18 +211,29 @@ def test_labels_that_are_no_classes_of_the_head_are_refused_by_name(kind: type[H
 
 @HEADS
 def test_wrong_sizes_and_values_are_refused_by_name(kind: type[Head]) -> None:
-    for classes, dim in ((0, 4), (3, 0), (-1, 4)):
+    for classes, dim in ((0, 4), (3, 0), (-1, 4), (2.5, 3), (3, None)):
         with pytest.raises(ValueError, match="needs at least 1 class and 1 dimension"):
-            kind(classes, dim)
+            kind(classes, dim)  # type: ignore[arg-type]
     head = kind(3, 4)
     with pytest.raises(ValueError, match=r"floating \(batch, 4\)"):
         head(torch.ones(2, 5), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="NaN or infinity"):
         head(torch.full((2, 4), torch.nan), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="scale above 0"):
-        CosFace(3, 4, scale=0.0)
-    with pytest.raises(ValueError, match=r"margin_cos must lie in \[0, 2\)"):
-        CosFace(3, 4, margin_cos=-0.1)
+    with pytest.raises(ValueError, match=r"longer than .* \(first: row 1\)"):
+        head(torch.tensor([[1.0] * 4, [1e20] * 4]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="found embeddings as list"):
+        head([[1.0] * 4], torch.tensor([0]))
+    with pytest.raises(ValueError, match="labels must be an integer tensor; found list"):
+        head(torch.ones(2, 4), [0, 1])
+
+
+def test_cosface_refuses_margins_and_scales_that_mean_nothing() -> None:
+    for scale in (0.0, -1.0, math.nan, math.inf, "64"):
+        with pytest.raises(ValueError, match="scale must be a finite number above 0"):
+            CosFace(3, 4, scale=scale)  # type: ignore[arg-type]
+    for margin in (-0.1, 2.0, math.nan, None):
+        with pytest.raises(ValueError, match=r"margin_cos must lie in \[0, 2\)"):
+            CosFace(3, 4, margin_cos=margin)  # type: ignore[arg-type]
 
 
 @HEADS

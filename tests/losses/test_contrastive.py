@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -124,5 +126,6 @@ def test_functional_form_broadcasts_and_is_unreduced() -> None:
 def test_wrong_settings_say_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="'mean', 'sum'"):
         ContrastiveLoss(reduction="average")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="margin must be positive"):
-        ContrastiveLoss(0.0)
+    for margin in (0.0, math.nan, math.inf, "soft", None):
+        with pytest.raises(ValueError, match="margin must be positive and finite"):
+            ContrastiveLoss(margin)  # type: ignore[arg-type]

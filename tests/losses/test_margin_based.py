@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from pytorch_metric_learning import losses as pml
@@ -162,7 +164,10 @@ def test_functional_form_is_unreduced() -> None:
 
 
 def test_wrong_settings_say_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1"):
-        MarginBasedLoss(0)
-    with pytest.raises(ValueError, match="alpha must be 0 or more"):
-        MarginBasedLoss(alpha=-1.0)
+    for number in (0, 2.5, True):
+        with pytest.raises(ValueError, match="num_classes must be a whole number, at least 1"):
+            MarginBasedLoss(number)  # type: ignore[arg-type]
+    for name in ("alpha", "beta", "nu"):
+        for value in (-1.0, math.nan, math.inf, "1"):
+            with pytest.raises(ValueError, match=f"{name} must be 0 or more and finite"):
+                MarginBasedLoss(**{name: value})  # type: ignore[arg-type]

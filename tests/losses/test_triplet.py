@@ -192,10 +192,9 @@ def test_no_triplets_give_zero_with_zero_gradient(reduction: Any) -> None:
 def test_wrong_settings_and_inputs_say_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="'mean', 'active', 'sum'"):
         TripletLoss(reduction="nonzero")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="use one of 'soft'"):
-        TripletLoss("smooth")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="0 or more"):
-        TripletLoss(-0.1)
+    for margin in ("softt", None, -0.1, math.nan, math.inf, True):
+        with pytest.raises(ValueError, match="a finite number, 0 or more, or the word 'soft'; got"):
+            TripletLoss(margin)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NaN"):
         TripletLoss()(U6 * torch.nan, LABELS)
     with pytest.raises(ValueError, match="same embeddings and references"):

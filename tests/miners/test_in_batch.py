@@ -268,8 +268,8 @@ def faces(identities: int = 24, images: int = 4, dim: int = 128, seed: int = 0) 
 @MINERS
 @pytest.mark.parametrize("tile_rows", [1, 7, 96, 1000])
 def test_neither_choices_nor_draws_depend_on_the_size_of_tiles(make: Make, tile_rows: int) -> None:
-    # Distances on this grid are exact: no tile rounds them differently.
-    problem = [torch.randint(-3, 4, (70, 4), generator=seeded(1)) / 4, torch.arange(70) // 3]
+    # Unit rows on a grid, whose distances are exact: no tile rounds them differently.
+    problem = [(2 * torch.randint(0, 2, (70, 64), generator=seeded(1)) - 1) / 8, torch.arange(70) // 3]
     expected = None
     for rows_at_once in (None, tile_rows):
         torch.manual_seed(0)
@@ -482,7 +482,10 @@ def test_draws_come_from_the_generator_alone() -> None:
         (lambda: SemiHardMiner(0.0), "margin > 0"),
         (lambda: SemiHardMiner(math.nan), "margin > 0"),
         (lambda: BatchHardMiner(distance="l2"), "'squared_euclidean'"),  # type: ignore[arg-type]
+        (lambda: SemiHardMiner("soft"), "margin > 0.*found 'soft'"),  # type: ignore[arg-type]
         (lambda: BatchHardMiner(tile_rows=0), "tile_rows"),
+        (lambda: BatchHardMiner(tile_rows=2.5), "tile_rows must be a whole number"),  # type: ignore[arg-type]
+        (lambda: DistanceWeightedMiner(cutoff="0.5"), "found cutoff='0.5'"),  # type: ignore[arg-type]
         (lambda: DistanceWeightedMiner(cutoff=1.5), "cutoff=1.5, nonzero_loss_cutoff=1.4"),
         (lambda: DistanceWeightedMiner(cutoff=0.0), "0 < cutoff"),
         (lambda: DistanceWeightedMiner(nonzero_loss_cutoff=math.nan), "0 < cutoff"),
@@ -498,6 +501,26 @@ def test_embeddings_with_nan_are_an_error() -> None:
     x[5, 3] = torch.nan
     with pytest.raises(ValueError, match="first: row 5"):
         BatchHardMiner()(x, labels)
+
+
+def test_rows_that_are_not_of_unit_length_are_an_error_where_the_miner_is_told_that_they_are() -> None:
+    x, labels = faces()
+    unit = unit_rows(x[:-1])  # without the zero row
+    miner = DistanceWeightedMiner(normalize=False, generator=seeded())
+    assert len(miner(unit, labels[:-1]).anchor) == len(miner(unit.bfloat16(), labels[:-1]).anchor) > 0
+    with pytest.raises(ValueError, match=r"95 of 95 rows of embeddings are not of length 1 .first: row 0, length 5"):
+        miner(5.0 * unit, labels[:-1])
+    with pytest.raises(ValueError, match=r"1 of 96 rows of ref_emb .* row 95, length 0"):
+        miner(unit, labels[:-1], unit_rows(x), labels)
+
+
+@MINERS
+def test_references_of_a_wider_type_are_mined_in_it(make: Make) -> None:
+    x, labels = faces()
+    torch.manual_seed(0)
+    expected = rows(make()(x.double(), labels, x.double(), labels, self_index=torch.arange(len(x))))
+    torch.manual_seed(0)
+    assert rows(make()(x, labels, x.double(), labels, self_index=torch.arange(len(x)))) == expected
 
 
 def test_settings_are_shown() -> None:
