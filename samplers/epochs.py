@@ -13,6 +13,8 @@ from samplers.consumed import Consumed
 # Part of every state: a change of the order of batches must refuse old states rather than continue another plan.
 ORDER_VERSION = 1
 
+_PLANNED_AT_ONCE = 16384  # indices; NumPy's cost per call vanishes, and it is still milliseconds
+
 
 @dataclass
 class _Pass:
@@ -105,12 +107,18 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of a sampler with the same plan, on any rank and world size.
 
-        Raises ValueError, naming each difference, where the plan is another one or the state is not complete.
+        Raises ValueError, naming each difference, where the plan is another one, or what is loaded is no state;
+        TypeError for an epoch or position that is no whole number.
         """
+        wanted = f"a state of {type(self).__name__}, as state_dict() returns it"
+        if not isinstance(state, Mapping):
+            raise ValueError(f"load_state_dict needs {wanted}, found {state!r}.")
         missing = [name for name in ("epoch", "position", "plan") if name not in state]
         if missing:
-            raise ValueError(f"This is no state of {type(self).__name__}: {', '.join(missing)} missing.")
+            raise ValueError(f"This is not {wanted}: {', '.join(missing)} missing.")
         here, there = self._described_plan(), state["plan"]
+        if not isinstance(there, Mapping):
+            raise ValueError(f"This is not {wanted}: its plan should be names and values, found {there!r}.")
         differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
         if differing:
             told = "; ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r} here" for name in differing)
@@ -130,6 +138,12 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
     def _described_plan(self) -> dict[str, int | str]:
         """The plan with whatever is costly to work out; asked for only where a state is made or loaded."""
         return dict(self._plan)
+
+    def _spans(self, first: int, images_per_batch: int) -> Iterator[range]:
+        """The batches from `first` on, cut into spans that are worth planning at once."""
+        at_once = max(1, _PLANNED_AT_ONCE * self.world_size // images_per_batch)
+        for start in range(first, len(self), at_once):
+            yield range(start, min(start + at_once, len(self)))
 
     def _begin(self) -> _Pass:
         last = self._passes[-1] if self._passes else None
@@ -168,12 +182,12 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         return (epoch if self._driven else epoch + 1), 0
 
 
-def whole_number(name: str, value: int, *, least: int) -> int:
+def whole_number(name: str, value: int, *, least: int | None = None) -> int:
     """`value` as an int (NumPy's too). Raises TypeError if it is none, ValueError if it is below `least`."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, found {value!r}.") from None
-    if number < least:
+    if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, found {number}.")
     return number

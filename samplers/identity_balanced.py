@@ -14,7 +14,6 @@ from samplers.shuffles import key_of, keys_for, shuffled, turn
 
 SmallIdentities = Literal["repeat", "skip"]
 
-_PLANNED_AT_ONCE = 16384  # indices; NumPy's cost per call vanishes, and it is still milliseconds
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +40,7 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
 
     Raises ValueError for labels that are empty, not 1-D or neither whole numbers nor strings, P or K < 1, N < 0, a
     rank out of range, P or N not divisible by world_size, fewer usable identities than P, fewer singletons than N, or
-    an unknown small_identities.
+    an unknown small_identities; TypeError where a number is not whole.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
         if small_identities not in get_args(SmallIdentities):
             raise ValueError(f'small_identities must be "repeat" or "skip", found {small_identities!r}.')
         self.small_identities: SmallIdentities = small_identities
-        self.seed = int(seed)
+        self.seed = whole_number("seed", seed)
         self.table = group_by_identity(labels)
         self._choose_identities()
         plan: dict[str, int | str] = {
@@ -144,9 +143,8 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         size = self.identities_per_batch * self.images_per_identity + self.singletons_per_batch
-        at_once = max(1, _PLANNED_AT_ONCE * self.world_size // size)
-        for start in range(first, len(self), at_once):
-            batches = np.arange(start, min(start + at_once, len(self)))
+        for span in self._spans(first, size):
+            batches = np.arange(span.start, span.stop)
             rows = np.concatenate((self._visits(epoch, batches), self._negatives(epoch, batches)), axis=1)
             yield from (row.tolist() for row in rows)
 

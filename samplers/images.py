@@ -7,8 +7,6 @@ import numpy as np
 from samplers.epochs import EpochBatchSampler, whole_number
 from samplers.shuffles import key_of, shuffled
 
-_PLANNED_AT_ONCE = 16384  # indices; NumPy's cost per call vanishes, and it is still milliseconds
-
 
 class ImageBatchSampler(EpochBatchSampler):
     """Shuffled batches that hold each image exactly once an epoch.
@@ -19,13 +17,13 @@ class ImageBatchSampler(EpochBatchSampler):
 
     num_images: N; indices are 0..N-1. batch_size: images of a batch over all ranks together.
     Raises ValueError for N, batch_size or world_size < 1, a rank out of range, and where a batch has fewer images than
-    there are ranks.
+    there are ranks; TypeError where a number is not whole.
     """
 
     def __init__(self, num_images: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.num_images = whole_number("num_images", num_images, least=1)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
-        self.seed = int(seed)
+        self.seed = whole_number("seed", seed)
         num_batches = -(-self.num_images // self.batch_size)
         plan = {"seed": self.seed, "num_images": self.num_images, "batch_size": self.batch_size}
         super().__init__(num_batches, plan, rank=rank, world_size=world_size)
@@ -37,9 +35,8 @@ class ImageBatchSampler(EpochBatchSampler):
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         key = key_of("images", self.seed, epoch)
-        at_once = max(1, _PLANNED_AT_ONCE * self.world_size // self.batch_size)
-        for start in range(first, len(self), at_once):
-            cuts = [self._share(batch) for batch in range(start, min(start + at_once, len(self)))]
+        for span in self._spans(first, self.batch_size):
+            cuts = [self._share(batch) for batch in span]
             places = np.concatenate([np.arange(begin, end) for begin, end in cuts])
             indices = shuffled(places, self.num_images, key).tolist()
             done = 0

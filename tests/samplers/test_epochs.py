@@ -218,8 +218,26 @@ def test_a_state_that_cannot_be_is_refused_and_changes_nothing(change: dict[str,
 
 
 def test_a_state_without_its_parts_is_refused() -> None:
-    with pytest.raises(ValueError, match="plan missing"):
+    with pytest.raises(ValueError, match=r"not a state of Counting.*plan missing"):
         Counting().load_state_dict({"epoch": 1, "position": 0})
+
+
+@pytest.mark.parametrize("state", [None, {"epoch": 0, "position": 0, "plan": None}])
+def test_what_is_no_state_is_refused_and_changes_nothing(state: Any) -> None:
+    sampler = loaded(2, 3)
+    with pytest.raises(ValueError, match=r"state of Counting.* found None"):
+        sampler.load_state_dict(state)
+    assert list(sampler) == epoch_of(2, 3)
+
+
+@pytest.mark.parametrize("seed", [1.7, "7", None])
+def test_seeds_are_whole_numbers(seed: Any) -> None:
+    for build in (
+        lambda: ImageBatchSampler(4, 2, seed=seed),
+        lambda: IdentityBalancedBatchSampler([0, 1], 1, 1, seed=seed),
+    ):
+        with pytest.raises(TypeError, match="seed must be a whole number"):
+            build()
 
 
 def test_a_negative_epoch_is_refused() -> None:

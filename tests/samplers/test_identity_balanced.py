@@ -203,7 +203,7 @@ def test_the_order_does_not_depend_on_how_many_batches_are_planned_at_once(monke
     labels = labels_with([3, 1, 5, 2, 2, 1, 1, 8] * 9)
     build: Any = {"singletons_per_batch": 4, "world_size": 2, "rank": 1}
     whole = epochs_of(IdentityBalancedBatchSampler(labels, 4, 3, **build), 2)
-    monkeypatch.setattr("samplers.identity_balanced._PLANNED_AT_ONCE", 20)
+    monkeypatch.setattr("samplers.epochs._PLANNED_AT_ONCE", 20)
     assert epochs_of(IdentityBalancedBatchSampler(labels, 4, 3, **build), 2) == whole
 
 

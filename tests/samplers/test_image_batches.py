@@ -67,7 +67,7 @@ def test_epochs_and_seeds_have_orders_of_their_own_and_repeat_exactly() -> None:
 
 def test_the_order_does_not_depend_on_how_many_batches_are_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(ImageBatchSampler(500, 7))
-    monkeypatch.setattr("samplers.images._PLANNED_AT_ONCE", 20)
+    monkeypatch.setattr("samplers.epochs._PLANNED_AT_ONCE", 20)
     assert list(ImageBatchSampler(500, 7)) == whole
 
 
