@@ -21,9 +21,10 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
     """Batches of P distinct identities with K images each, image indices of one identity side by side.
 
     An epoch is ceil(usable identities / P) batches. Each usable identity has its visit in it; the last batch is filled
-    up from others, with images that their own visit did not take as far as they have such. The images of an identity
-    rotate: in every ceil(n / K) epochs each of its n images appears, in an order that changes each time round. K
-    images are distinct where n >= K.
+    up from others, with images that their own visit did not take as far as they have such. The n images of an identity
+    rotate: counted from epoch 0, epochs fall into cycles of ceil(n / K); its visits of one whole cycle take each image
+    at least once, and each cycle has an order of its own. ceil(n / K) epochs that lie across two cycles may miss
+    some. The K images of a visit are distinct where n >= K.
 
     The order depends on (seed, epoch) alone. All ranks share one plan and get P / world_size identities of each batch;
     `world_size` may change on resume. Epochs, state and len(): see EpochBatchSampler.
@@ -31,9 +32,9 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
     labels: (N,) whole numbers or strings, list, array or tensor. identities_per_batch: P, over all ranks together.
     images_per_identity: K.
     small_identities: what to do with identities of fewer than K images. "repeat" takes all their images before any
-        a second time: note that an identity with one image then fills K places with it, a positive pair at distance 0.
-        With many of those use singletons_per_batch. "skip" leaves them out; `left_out_identities` and
-        `left_out_images` say how many, and a warning is logged.
+        a second time: note that an identity with one image then fills K places with it, a positive pair at distance 0;
+        a warning says how many do. With many of those use singletons_per_batch. "skip" leaves them out;
+        `left_out_identities` and `left_out_images` say how many, and a warning is logged. Only rank 0 logs.
     singletons_per_batch: N. Above 0 identities with a single image have no visits; N of them, distinct, end every
         batch as negatives, and all of them get their turn over the epochs, K does not matter to them.
     usable_identities: attribute, the identities that have visits.
@@ -75,6 +76,10 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
         num_batches = -(-self.usable_identities // self.identities_per_batch)
         super().__init__(num_batches, plan, rank=rank, world_size=world_size)
         self._check_shares()
+        if self.rank == 0:
+            self._warn_of_small_identities()
+
+    def _warn_of_small_identities(self) -> None:
         if self.left_out_identities:
             _log.warning(
                 "IdentityBalancedBatchSampler leaves out %d of %d identities (%d of %d images): fewer than %d images "
@@ -84,6 +89,16 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
                 self.left_out_images,
                 self.table.num_images,
                 self.images_per_identity,
+            )
+        repeated = int((self.table.counts[self._usable] == 1).sum())
+        if repeated and self.images_per_identity > 1:
+            _log.warning(
+                "IdentityBalancedBatchSampler fills %d places with one image for %d of %d identities, which have no "
+                'other (small_identities="repeat"): positive pairs at distance 0. Set singletons_per_batch to use '
+                'them as negatives only, or pass small_identities="skip".',
+                self.images_per_identity,
+                repeated,
+                self.table.num_identities,
             )
 
     def _choose_identities(self) -> None:

@@ -98,6 +98,20 @@ def test_every_promise_about_batches_holds(case: dict[str, Any], small: str) -> 
         assert seen == {index for index, label in enumerate(labels) if label == identity}
 
 
+def test_every_whole_cycle_takes_all_images_and_epochs_across_two_cycles_may_not() -> None:
+    labels = labels_with([5, 7])  # cycles of 3 and 4 epochs
+    epochs = [batch for (batch,) in epochs_of(IdentityBalancedBatchSampler(labels, 2, 2), 24)]
+
+    def complete(count: int, first: int) -> bool:
+        label = {5: -3, 7: 4}[count]
+        taken = {image for batch in epochs[first : first + -(-count // 2)] for image in batch if labels[image] == label}
+        return len(taken) == count
+
+    assert all(complete(5, first) for first in range(0, 24, 3))
+    assert all(complete(7, first) for first in range(0, 24, 4))
+    assert not all(complete(5, first) for first in range(22))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(cases())
 def test_a_filler_takes_other_images_than_the_main_visit_as_far_as_there_are_others(case: dict[str, Any]) -> None:
@@ -231,6 +245,29 @@ def test_skip_says_how_many_it_leaves_out(caplog: pytest.LogCaptureFixture) -> N
     assert (kept.left_out_identities, kept.left_out_images) == (0, 0)
     assert (served.left_out_identities, served.left_out_images) == (1, 2)  # singletons are used
     assert "leaves out 1 of 6" in caplog.text
+
+
+def test_repeat_says_for_how_many_identities_one_image_fills_all_places(caplog: pytest.LogCaptureFixture) -> None:
+    labels = labels_with([1, 2, 3, 4, 5, 1])
+    with caplog.at_level(logging.WARNING):
+        IdentityBalancedBatchSampler(labels, 2, 3)
+    (record,) = caplog.records
+    assert "fills 3 places with one image for 2 of 6 identities" in record.getMessage()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        IdentityBalancedBatchSampler(labels, 2, 1)  # one place is not repeated
+        IdentityBalancedBatchSampler(labels, 2, 3, singletons_per_batch=2)
+        IdentityBalancedBatchSampler(labels_with([2, 3, 4]), 2, 3)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("small", ["repeat", "skip"])
+def test_of_several_ranks_only_the_first_logs(small: Any, caplog: pytest.LogCaptureFixture) -> None:
+    labels = labels_with([1, 2, 3, 4, 5, 1])
+    with caplog.at_level(logging.WARNING):
+        for rank in (1, 0):
+            IdentityBalancedBatchSampler(labels, 2, 3, small_identities=small, rank=rank, world_size=2)
+            assert len(caplog.records) == (rank == 0)
 
 
 def test_batches_are_lists_of_plain_int() -> None:
