@@ -7,11 +7,14 @@ Outside a DataLoader the caller is training itself: what was pulled is what was 
 
 Limits: who reads ahead behind the DataLoader (a thread that fills a queue, accelerate's DataLoaderShard with its one
 batch of look-ahead) counts as training; with `in_order=False` the count is right, but which batches they were is not.
+A sampler that an IterableDataset iterates is not counted: a worker has a copy of its own, and without workers the
+loader's batches are others than the sampler's.
 """
 
 import contextlib
 import sys
 import weakref
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -21,23 +24,26 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 class Consumed:
     """Counts the batches of one pass over a sampler. Make it when the first batch is pulled.
 
+    earlier: of each earlier iteration over the sampler the last pass.
     pulled: batches handed to whoever iterates; the sampler adds to it.
-    follows: whether the pass before belongs to the same iteration of the same loader: some wrapper repeats the
-        sampler for ever, and the loader may still hold batches of the pass before.
+    follows: the one of `earlier` that belongs to the same iteration of the same loader: some wrapper repeats the
+        sampler for ever, and the loader may still hold batches of that pass.
+    when_left: called once the loader's iterator is gone.
     """
 
-    def __init__(self, before: "Consumed | None" = None) -> None:
+    def __init__(self, earlier: "Sequence[Consumed]" = ()) -> None:
         self.pulled = 0
-        self.follows = False
+        self.follows: Consumed | None = None
+        self.when_left: Callable[[], None] = lambda: None
         self._loader: dict[str, Any] | None = None
         self._final: int | None = None
         self._skipped = 0
         self._feed_id = 0
         loader = _loader_that_pulls()
         if loader is not None:
-            self._attach(loader, before)
+            self._attach(loader, earlier)
 
-    def _attach(self, loader: "_BaseDataLoaderIter", before: "Consumed | None") -> None:
+    def _attach(self, loader: "_BaseDataLoaderIter", earlier: "Sequence[Consumed]") -> None:
         names = vars(loader)
         if "_num_yielded" not in names or "_sampler_iter" not in names:
             raise RuntimeError(
@@ -45,13 +51,15 @@ class Consumed:
                 "the sampler's state would be wrong. Use a torch version this package names, or report this."
             )
         feed = names["_sampler_iter"]
-        same_loader = before is not None and before._loader is names
-        if before is not None and same_loader:
-            self.follows = before._feed_id == id(feed)
-            if not self.follows:
+        self._skipped = names["_num_yielded"]
+        for before in earlier:
+            if before._loader is not names:
+                continue
+            if before._feed_id == id(feed):
+                self.follows = before
+                self._skipped = before._skipped + before.pulled  # its batches come out of the loader first
+            else:
                 before._freeze_at(before.pulled)  # only feeds without weak references get here, see _watch
-        # Batches of earlier passes come out of the loader first.
-        self._skipped = before._skipped + before.pulled if before and self.follows else names["_num_yielded"]
         # We keep the iterator's namespace, not the iterator: it must be free to die (and stop its workers) when
         # training leaves the loop, and its last count must still be readable at that moment.
         self._loader = names
@@ -68,6 +76,16 @@ class Consumed:
         with contextlib.suppress(TypeError):
             self._feed_ref = weakref.ref(feed, self._freeze)
 
+    @property
+    def live(self) -> bool:
+        """Whether more of its batches may be received: whoever iterates is still there."""
+        return self._final is None
+
+    def close(self) -> None:
+        """The sampler's iterator ended or was dropped. A loader may still hold batches, and is watched by itself."""
+        if self._loader is None and self._final is None:
+            self._final = self.pulled
+
     def count(self) -> int:
         """Batches of this pass that training has received, 0..pulled."""
         if self._loader is not None:
@@ -82,6 +100,7 @@ class Consumed:
         if self._loader is not None:
             self._final = count
             self._loader = None
+            self.when_left()
 
 
 def _loader_that_pulls() -> "_BaseDataLoaderIter | None":

@@ -3,30 +3,17 @@
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Sampler
 
 from samplers.consumed import Consumed
+from samplers.passes import Pass, Passes
 
 # Part of every state: a change of the order of batches must refuse old states rather than continue another plan.
 ORDER_VERSION = 1
 
 _PLANNED_AT_ONCE = 16384  # indices; NumPy's cost per call vanishes, and it is still milliseconds
-
-
-@dataclass
-class _Pass:
-    """One iteration over an epoch, or over what was left of it."""
-
-    epoch: int
-    first: int
-    consumed: Consumed
-
-    @property
-    def position(self) -> int:
-        return self.first + self.consumed.count()
 
 
 class EpochBatchSampler(Sampler[list[int]], ABC):
@@ -39,7 +26,8 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
     State: `state_dict()` holds the epoch, the number of its batches that training received (also behind a DataLoader
     with workers, where many more are prefetched), and what the plan depends on; not rank or world size, so that
     another number of ranks can continue the same plan. After `load_state_dict` the next iteration serves what is left
-    of that epoch; `set_epoch` of that same epoch keeps the position, of another one forgets it.
+    of that epoch; `set_epoch` of that same epoch keeps the position, of another one forgets it. A look at one batch
+    in the middle of an epoch, as `next(iter(loader))`, changes none of this; samplers/passes.py has the whole rule.
 
     `len()` is always the number of batches of a whole epoch, also when a resumed epoch has fewer left: schedules
     count with it. A progress bar is `tqdm(loader, initial=sampler.position, total=len(sampler))`.
@@ -56,9 +44,7 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         self._num_batches = num_batches
         self._plan = {"sampler": type(self).__name__, "order": ORDER_VERSION, **plan}
         self._start = (0, 0)  # (epoch, position) where the first pass starts
-        # The pass under way or just ended; more than one only where a wrapper repeats the sampler inside one
-        # iteration of a loader, which may then prefetch over the end of an epoch.
-        self._passes: list[_Pass] = []
+        self._passes = Passes()
         self._driven = False
 
     @abstractmethod
@@ -73,9 +59,13 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         # A generator: which epoch to serve is decided when the first batch is pulled, because torch's loader with
         # workers asks for two iterators and drops the first.
         served = self._begin()
-        for batch in self._batches(served.epoch, served.first):
-            served.consumed.pulled += 1
-            yield batch
+        try:
+            for batch in self._batches(served.epoch, served.first):
+                self._passes.look()
+                served.consumed.pulled += 1
+                yield batch
+        finally:
+            served.consumed.close()
 
     @property
     def epoch(self) -> int:
@@ -93,11 +83,11 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         Raises ValueError for a negative epoch. A loader that has started prefetching does not notice.
         """
         epoch = whole_number("epoch", epoch, least=0)
-        named, position = self._progress()
+        training = self._passes.training
+        named = training.epoch if training else self._start[0]
         self._driven = True
-        ended = bool(self._passes) and position == len(self)
-        if epoch != named or ended:
-            self._start, self._passes = (epoch, 0), []
+        if epoch != named or (training and training.ended):
+            self._start, self._passes = (epoch, 0), Passes()
 
     def state_dict(self) -> dict[str, Any]:
         """{"epoch", "position", "plan"}: plain numbers and strings, fit for JSON. See the class about its meaning."""
@@ -129,11 +119,11 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         position = whole_number("position", state["position"], least=0)
         if position > len(self):
             raise ValueError(f"The state's position {position} lies beyond the {len(self)} batches of an epoch.")
-        self._start, self._passes = (epoch, position), []
+        self._start, self._passes = (epoch, position), Passes()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (pickle, deepcopy) continues where training stands; loaders and half-used iterators stay behind.
-        return {**self.__dict__, "_start": self._progress(), "_passes": []}
+        return {**self.__dict__, "_start": self._progress(), "_passes": Passes()}
 
     def _described_plan(self) -> dict[str, int | str]:
         """The plan with whatever is costly to work out; asked for only where a state is made or loaded."""
@@ -145,23 +135,19 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         for start in range(first, len(self), at_once):
             yield range(start, min(start + at_once, len(self)))
 
-    def _begin(self) -> _Pass:
-        last = self._passes[-1] if self._passes else None
-        consumed = Consumed(last.consumed if last else None)
-        if last and consumed.follows and last.first + last.consumed.pulled == len(self):
-            begun = _Pass(*self._after(last.epoch), consumed)
-            self._passes = [one for one in self._passes if one.position < len(self)] + [begun]
-        else:
-            begun = _Pass(*self._next_start(), consumed)
-            self._passes = [begun]
+    def _begin(self) -> Pass:
+        consumed = Consumed(self._passes.counts())
+        run = self._passes.following(consumed)
+        goes_on = run is not None and run.last.pulled_to_its_end
+        epoch, first = self._after(run.last.epoch) if run and goes_on else self._next_start()
+        begun = Pass(epoch, first, len(self), consumed)
+        self._passes.begin(run, begun)
         return begun
 
     def _progress(self) -> tuple[int, int]:
         """(epoch, batches of it that training received); a finished epoch stays (epoch, len)."""
-        for one in self._passes:
-            if one.position < len(self):
-                return one.epoch, one.position
-        return (self._passes[-1].epoch, len(self)) if self._passes else self._start
+        training = self._passes.training
+        return (training.epoch, training.position) if training else self._start
 
     def _reached(self) -> tuple[int, int]:
         """As _progress, but a finished epoch is the start of the next one where nobody drives.
@@ -173,10 +159,10 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
 
     def _next_start(self) -> tuple[int, int]:
         """(epoch, first batch) of a pass that begins now."""
-        for one in self._passes:
-            if one.position < len(self):
-                return one.epoch, one.first
-        return self._after(self._passes[-1].epoch) if self._passes else self._reached()
+        training = self._passes.training
+        if training is None:
+            return self._reached()
+        return self._after(training.epoch) if training.ended else (training.epoch, training.first)
 
     def _after(self, epoch: int) -> tuple[int, int]:
         return (epoch if self._driven else epoch + 1), 0
