@@ -31,9 +31,8 @@ class Numbers(Dataset[int]):
 BATCHES = 10
 LOADERS: list[dict[str, Any]] = [
     {"num_workers": 0},
-    {"num_workers": 2},
-    {"num_workers": 1, "prefetch_factor": 7},
-    {"num_workers": 2, "persistent_workers": True},
+    {"num_workers": 1, "prefetch_factor": 8},  # nearly an epoch ahead, and more than a short epoch
+    {"num_workers": 1, "persistent_workers": True},
 ]
 each_loader = pytest.mark.parametrize("options", LOADERS, ids=str)
 
@@ -97,7 +96,7 @@ def test_torch_still_counts_what_its_loader_hands_out() -> None:
         del iterator
 
 
-@each_loader
+@pytest.mark.parametrize("options", [*LOADERS, {"num_workers": 2}], ids=str)
 def test_the_position_is_what_training_received_at_every_step_of_several_epochs(options: dict[str, Any]) -> None:
     sampler = make()
     loader = loader_of(sampler, **options)
@@ -143,7 +142,6 @@ def test_the_count_outlives_the_loader(options: dict[str, Any], left_after: int)
             break
     assert where(sampler) == (0, left_after)
     del loader
-    gc.collect()
     assert where(sampler) == (0, left_after)
 
 
@@ -180,7 +178,7 @@ def test_the_sampler_keeps_nothing_of_a_loader_that_is_gone() -> None:
     assert where(sampler) == (0, 1)
 
 
-@pytest.mark.parametrize("options", LOADERS[:3], ids=str)
+@pytest.mark.parametrize("options", LOADERS[:2], ids=str)
 @pytest.mark.parametrize("batches", [2, 10])
 def test_a_wrapper_that_repeats_for_ever_is_followed_over_the_ends_of_epochs(
     options: dict[str, Any], batches: int
