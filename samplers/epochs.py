@@ -78,15 +78,20 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         return self._reached()[1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Serve this epoch from now on, again and again. Keeps the position if it is the one just loaded or under way.
+        """Serve this epoch from now on, again and again, from its first batch.
 
-        Raises ValueError for a negative epoch. A loader that has started prefetching does not notice.
+        If it is the one just loaded, or one left before its end, the next iteration starts where that was loaded or
+        had started. `position` says so at once. Raises ValueError for a negative epoch. A loader that has started
+        prefetching does not notice.
         """
         epoch = whole_number("epoch", epoch, least=0)
         training = self._passes.training
-        named = training.epoch if training else self._start[0]
         self._driven = True
-        if epoch != named or (training and training.ended):
+        if training and training.epoch == epoch and not training.ended:
+            # Not forgotten: if it was not left at all, it goes on to count.
+            self._start = (epoch, training.first)
+            self._passes.expect_another()
+        elif training or epoch != self._start[0]:
             self._start, self._passes = (epoch, 0), Passes()
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,13 +63,28 @@ def test_set_epoch_after_a_finished_epoch_starts_driving_there() -> None:
     assert [list(sampler), list(sampler)] == [epoch_of(1), epoch_of(1)]
 
 
-def test_set_epoch_in_the_middle_forgets_the_position_only_for_another_epoch() -> None:
+@pytest.mark.parametrize(("first", "epoch", "then"), [(0, 0, (0, 0)), (0, 1, (1, 0)), (1, 0, (0, 1)), (1, 1, (1, 0))])
+def test_after_set_epoch_the_position_says_where_the_next_iteration_starts(
+    first: int, epoch: int, then: tuple[int, int]
+) -> None:
+    sampler = loaded(0, first)
+    left_early(sampler, 3)
+    assert (sampler.epoch, sampler.position) == (0, first + 3)
+    sampler.set_epoch(epoch)
+    assert (sampler.epoch, sampler.position) == then
+    assert (sampler.state_dict()["epoch"], sampler.state_dict()["position"]) == then
+    assert list(sampler) == epoch_of(*then)
+
+
+def test_set_epoch_of_the_epoch_under_way_does_not_stop_the_count() -> None:
     sampler = Counting()
-    left_early(sampler, 2)
-    sampler.set_epoch(0)
-    assert (sampler.epoch, sampler.position) == (0, 2)
-    sampler.set_epoch(1)
-    assert (sampler.epoch, sampler.position) == (1, 0)
+    for step, _ in enumerate(sampler, start=1):
+        if step == 2:
+            sampler.set_epoch(0)
+            assert (sampler.epoch, sampler.position) == (0, 0)
+        else:
+            assert (sampler.epoch, sampler.position) == (0, step)
+    assert list(sampler) == epoch_of(0)
 
 
 def test_after_loading_the_rest_of_the_epoch_comes_and_then_the_next_epoch() -> None:
@@ -169,6 +184,8 @@ def test_any_order_of_epochs_breaks_settings_and_reloads_follows_the_written_rul
             driven = True
             if action[1] != epoch or (ended and start != LENGTH):
                 epoch, start, position, ended = action[1], 0, 0, False
+            else:
+                position = start
         else:
             state = sampler.state_dict()
             sampler, driven = Counting(), False
