@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metricface.choices import is_number
 from metricface.distances import Distance, full_precision, paired, pairwise, unit_rows
 
 
@@ -27,12 +28,16 @@ def mining_statistics(
     embeddings: (B, D); labels: (B,); triplets: three (T,) index tensors. margin, distance, normalize: as in
     the loss, so that "active" means what it means there; with "soft" every triplet is active.
 
-    Returns, all 0-dim: `triplets` (T); `active_share` (d_an < d_ap + margin); its parts `semi_hard_share`
-    (d_ap < d_an < d_ap + margin) and `hard_share` (d_an <= d_ap), and the rest, `easy_share`; `d_ap_mean` and
-    `d_an_mean`; `anchors`, how many different anchors are used, and `anchor_share`, their share of the rows that have
-    another row of their identity. With T = 0 shares and means of triplets are NaN, as is `anchor_share` where no row
-    has a partner.
+    Returns, all 0-dim: `triplets` (T); `hard_share` (d_an <= d_ap), `semi_hard_share` (d_ap < d_an < d_ap + margin) and
+    `easy_share` (the rest), which add up to 1; `active_share` (d_an < d_ap + margin), the first two together unless the
+    margin is 0, where ties are hard but not active; `d_ap_mean` and `d_an_mean`; `anchors`, how many different anchors
+    are used, and `anchor_share`, their share of the rows that have another row of their identity. With T = 0 shares
+    and means of triplets are NaN, as is `anchor_share` where no row has a partner. Raises ValueError for an unknown
+    distance and for a margin that is neither a number nor "soft".
     """
+    if margin != "soft" and not is_number(margin, infinite=True):
+        raise ValueError(f"margin must be a number or the word 'soft'; got {margin!r}.")
+    labels = labels.to(embeddings.device)  # maybe straight from a loader
     anchor, positive, negative = triplets
     rows = unit_rows(embeddings) if normalize else full_precision(embeddings)
     d_ap, d_an = _distances(rows, anchor, positive, distance), _distances(rows, anchor, negative, distance)

@@ -150,3 +150,26 @@ def test_a_collapsed_batch_shows_and_odd_sizes_do_not_fail() -> None:
     assert math.isnan(as_floats(embedding_statistics(torch.ones(1, 4)))["mean_cosine"])
     assert all(math.isnan(value) for value in as_floats(embedding_statistics(torch.empty(0, 4))).values())
     assert math.isfinite(as_floats(embedding_statistics(torch.zeros(3, 4)))["spread"])
+
+
+def test_ties_at_margin_zero_are_hard_but_not_active() -> None:
+    x, labels = points(0.0, 1.0, 1.0), torch.tensor([0, 0, 1])
+    triplets = tuple(torch.tensor([row]) for row in (0, 1, 2))
+    found = as_floats(mining_statistics(x, labels, triplets, margin=0.0, distance="euclidean"))
+    assert (found["hard_share"], found["semi_hard_share"], found["easy_share"]) == (1, 0, 0)
+    assert found["active_share"] == 0
+
+
+def test_labels_may_lie_on_another_device_than_embeddings() -> None:
+    meta = torch.device("meta")
+    triplets = tuple(torch.tensor([row], device=meta) for row in (0, 1, 2))
+    found = mining_statistics(
+        torch.ones(3, 2, device=meta), torch.tensor([0, 0, 1]), triplets, margin=0.0, distance="cosine"
+    )
+    assert all(value.device == meta for value in found.values())
+
+
+def test_a_margin_that_is_no_number_is_an_error() -> None:
+    empty = (torch.empty(0, dtype=torch.long),) * 3
+    with pytest.raises(ValueError, match="a number or the word 'soft'; got 'hard'"):
+        mining_statistics(U6, LABELS, empty, margin="hard", distance="euclidean")  # type: ignore[arg-type]

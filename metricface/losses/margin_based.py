@@ -36,6 +36,7 @@ class MarginBasedLoss(nn.Module):
 
     pytorch-metric-learning's MarginLoss is the same at nu = 0. There, with one beta for all classes, nu x beta is
     added once and undivided, and a fixed beta is missing from the state_dict.
+    Its CrossBatchMemory and SelfSupervisedLoss refuse this class, as they refuse every name but those they list.
     """
 
     beta: Tensor

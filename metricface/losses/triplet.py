@@ -38,6 +38,7 @@ class TripletLoss(nn.Module):
 
     pytorch-metric-learning's TripletMarginLoss differs in its defaults: margin 0.05, plain distances of unit
     embeddings, mean over active triplets; its smooth_loss adds its margin inside the softplus.
+    Its CrossBatchMemory and SelfSupervisedLoss refuse this class, as they refuse every name but those they list.
     """
 
     def __init__(

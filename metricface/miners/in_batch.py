@@ -69,7 +69,9 @@ class _Miner(nn.Module, ABC):
 
         embeddings: (B, D) floating; labels: (B,) integers of any type and value. Positives and negatives come from
         the batch itself or, where given, from ref_emb (R, D) with ref_labels (R,). self_index: (B,) which reference
-        row is the anchor itself (-1: none), so that it is not its own positive; without references it is known.
+        row is the anchor itself (-1: none), so that it is not its own positive; without references it is known. This
+        also holds where ref_emb is the batch once more: miner(E, l, E, l) takes an anchor as its own positive.
+        (pytorch-metric-learning leaves it out if ref_labels is the very object labels, and takes it in a clone.)
         Returns Triplets, int64 (T,) each, anchors ascending; T may be 0. `self.last` then has the MiningCounts.
         Raises ValueError for wrong shapes, types and ranges, and for NaN or infinity in embeddings.
         """

@@ -206,11 +206,16 @@ def draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     mean nothing). First the block is drawn, then the column in it: only (b, m, BLOCK) weights are added up twice.
     """
     blocks = _blocks(weights)
-    heights = blocks.sum(dim=2, dtype=None if weights.is_floating_point() else torch.int32).double().cumsum(dim=1)
+    heights = _staircase(blocks.sum(dim=2, dtype=None if weights.is_floating_point() else torch.int32), dim=1)
     block, rest = _locate(heights, uniform.double() * heights[:, -1:])  # (b, m)
     rows = torch.arange(len(weights), device=weights.device)[:, None]
-    inside, _ = _locate(blocks[rows, block].double().cumsum(dim=2), rest[:, :, None])  # (b, m, BLOCK), (b, m, 1)
+    inside, _ = _locate(_staircase(blocks[rows, block], dim=2), rest[:, :, None])  # (b, m, BLOCK), (b, m, 1)
     return block * BLOCK + inside[:, :, 0], heights[:, -1] > 0
+
+
+def _staircase(values: Tensor, dim: int) -> Tensor:
+    """Cumulative sums in float64; of bools and integers as integers, which GPUs add up alike every time."""
+    return values.double().cumsum(dim) if values.is_floating_point() else values.long().cumsum(dim).double()
 
 
 def _locate(heights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
