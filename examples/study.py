@@ -63,9 +63,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
-    parser.add_argument("settings", nargs=argparse.REMAINDER, help="after --: settings for metricface-train")
-    arguments = parser.parse_args()
-    settings = [setting for setting in arguments.settings if setting != "--"]
+    given = sys.argv[1:]
+    ours = given.index("--") if "--" in given else len(given)
+    arguments, settings = parser.parse_args(given[:ours]), given[ours + 1 :]
     reports: dict[str, list[Recipe]] = {}
     for seed in arguments.seeds:
         for variant in arguments.variants:

@@ -5,6 +5,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from metricface.cli.arguments import parse
+from metricface.training.assemble import check_names
+from metricface.training.recipe import check
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -28,3 +33,28 @@ def test_the_raw_loop_is_thirty_lines() -> None:
     lines = (EXAMPLES / "loop.py").read_text().splitlines()
     body = lines[lines.index("def main(identities: int = 200, epochs: int = 5) -> list[float]:") :]
     assert len(body) <= 30
+
+
+@pytest.mark.parametrize("name", ["lfw", "omniglot"])
+def test_every_variant_of_the_study_is_a_recipe_that_can_be_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = example("study")
+    for variant, change in study.VARIANTS.items():
+        recipe = yaml.safe_load((EXAMPLES / "recipes" / f"{name}.yaml").read_text())
+        change(recipe)
+        Path("varied.yaml").write_text(yaml.safe_dump(recipe))
+        read = parse(["varied.yaml", "--output", variant]).recipe
+        check(read)
+        check_names(read)
+        assert len(read.stages) == (1 if variant in ("softmax", "cosface") else 2)
+
+
+def test_the_table_of_the_study_gives_mean_and_half_the_range_over_seeds() -> None:
+    study = example("study")
+    reports = [
+        {"history": [{"when": "start"}, {"when": "after softmax", "test": dict.fromkeys(study.FIGURES, value)}]}
+        for value in (0.4, 0.5)
+    ]
+    assert study.table({"softmax": reports}).splitlines()[-1].count("0.450 ± 0.050") == len(study.FIGURES)
