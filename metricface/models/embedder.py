@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from metricface.atomic import replacing
 from metricface.data.folders import decode_file
 from metricface.data.images import Pixels, Preprocessing
 from metricface.models import Blueprint, bare, blueprint_of
@@ -130,8 +131,9 @@ class Embedder:
             "description": self.description,
         }
         text = json.dumps(_plain(card, "card"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _replace(target / file, weights)
-        _replace(target / CARD, text.encode())
+        for name, content in ((file, weights), (CARD, text.encode())):
+            with replacing(target / name) as opened:
+                opened.write(content)
         for old in target.glob("weights-*.safetensors"):
             if old.name != file:
                 old.unlink()
@@ -229,19 +231,6 @@ def _plain(value: object, where: str) -> object:
     raise ValueError(
         f"{where} is a {type(value).__name__}, which JSON cannot hold. Give text, numbers, lists or mappings."
     )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read_card(path: Path) -> dict[str, Any]:

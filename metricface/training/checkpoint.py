@@ -1,10 +1,11 @@
 """Everything a run needs to go on, in one file that is either whole or not there."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from metricface.atomic import replacing
 
 VERSION = 1
 
@@ -12,18 +13,13 @@ VERSION = 1
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` (tensors and plain values only) to `path`, atomically.
 
-    The file is written and flushed beside `path` and then renamed over it: a crash, a full disk or a kill leaves the
-    checkpoint before it intact. Raises OSError, naming the file, where it cannot be written.
+    A crash, a full disk or a kill leaves the checkpoint before it intact. Raises OSError, naming the file,
+    where it cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with replacing(path) as file:
             torch.save({"version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         raise OSError(
             f"Could not write the checkpoint {path}: {error}. The one before it, if any, is intact."
         ) from error

@@ -1,7 +1,6 @@
 """A whole run, top to bottom: people, network, evaluation, stage after stage, report, exported embedder."""
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 import metricface
+from metricface.atomic import replacing
 from metricface.models.embedder import Embedder
 from metricface.monitoring.board import Board
 from metricface.training import assemble, checkpoint, stages
@@ -306,9 +306,8 @@ def _finish(run: Run) -> None:
 
 
 def _write(text: str, path: Path) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _restore_randomness(state: dict[str, Any]) -> None:
