@@ -32,26 +32,23 @@ def only(head: dict[str, Any]) -> Callable[[Recipe], None]:
     return change
 
 
-def then(miner: str, loss: dict[str, Any] | None = None) -> Callable[[Recipe], None]:
-    """The recipe's stages, the last one with this miner."""
+def then(miner: str) -> Callable[[Recipe], None]:
+    """The recipe's stages, the last one with this miner and its own loss."""
 
     def change(recipe: Recipe) -> None:
         last = recipe["stages"][-1]
         if last.get("miner", {}).get("name") != miner:
             last["miner"] = {"name": miner}
-        if loss is not None:
-            last["loss"] = loss
 
     return change
 
 
-MARGIN_BASED = {"name": "MarginBasedLoss"}
 VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "softmax": only({"name": "Softmax"}),
     "cosface": only({"name": "CosFace", "options": {"margin_cos": 0.35, "scale": 30.0}}),
     "semi_hard": then("SemiHardMiner"),
     "batch_hard": then("BatchHardMiner"),
-    "distance_weighted": then("DistanceWeightedMiner", MARGIN_BASED),
+    "distance_weighted": then("DistanceWeightedMiner"),
     "random": then("RandomMiner"),
 }
 
