@@ -27,7 +27,7 @@ LOSSES = _by_name(losses.ContrastiveLoss, losses.TripletLoss, losses.MarginBased
 MINERS = _by_name(miners.SemiHardMiner, miners.BatchHardMiner, miners.DistanceWeightedMiner, miners.RandomMiner)
 SAMPLERS = _by_name(ImageBatchSampler, IdentityBalancedBatchSampler)
 OPTIMIZERS = _by_name(SGD, Adam, AdamW)
-# fused: one pass over the weights instead of four, half the time of a step on a CPU.
+# fused: about half the time of the optimiser alone on a CPU (0.35 against 0.65 ms for 1.1 million weights).
 DEFAULT_OPTIMIZER = Component("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True})
 
 
