@@ -52,23 +52,30 @@ def safe_sqrt(sq_dist: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, sq_dist, 1.0).sqrt(), 0.0)
 
 
-def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets of rows moved so that y's mean lies near the origin.
+def centre(y: Tensor) -> Tensor:
+    """A point near the mean of the rows of y (R, D), in full precision: (D,). Zeros for R = 0.
 
-    x: (Q, D), y: (R, D) in full precision. Distances between rows stay, but |x|^2 + |y|^2 - 2xy is rounded in
-    proportion to the rows' lengths, so that a batch that is close together far from the origin would lose them.
-    The centre is rounded to a power of two near the spread of y, so that values on a grid (and exact ties) stay on it.
+    Distances between rows stay when all are moved, but |x|^2 + |y|^2 - 2xy is rounded in proportion to the rows'
+    lengths, so that a batch that is close together far from the origin would lose them. Without gradient. Rounded to a
+    power of two near the spread of y, so that values on a grid (and exact ties) stay on it.
     """
-    if y.numel() == 0:
-        return x, y
     rows = y.detach()
+    if rows.numel() == 0:
+        return rows.new_zeros(rows.shape[1])
     mean = rows[0] + (rows - rows[0]).mean(dim=0)  # exact where all rows are equal
     spread = (rows - mean).square().mean().sqrt()
-    some = spread > torch.finfo(y.dtype).eps * mean.abs().amax()
+    some = spread > torch.finfo(rows.dtype).eps * mean.abs().amax()
     mantissa = torch.frexp(spread).mantissa  # in [1/2, 1)
     step = torch.where(some, spread / mantissa / 2.0, 1.0)  # spread / 2 < step <= spread
-    centre = torch.where(some, (mean / step).round() * step, mean)
-    return x - centre, y - centre
+    return torch.where(some, (mean / step).round() * step, mean)
+
+
+def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of rows, (Q, D) and (R, D) in full precision, moved so that y's mean lies near the origin."""
+    if y.numel() == 0:
+        return x, y
+    origin = centre(y)
+    return x - origin, y - origin
 
 
 def sq_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -40,3 +40,12 @@ def positive_pairs(batch: Batch, identities: Identities) -> tuple[Tensor, Tensor
     reference = identities.by_label[place]
     kept = reference != batch.self_index[anchor]
     return anchor[kept], reference[kept]
+
+
+def negative_of(identities: Identities, anchor: Tensor, rank: Tensor) -> Tensor:
+    """The reference row of each anchor's negative number `rank`: negatives sorted by label. (T,), (T,) -> (T,) int64.
+
+    All references sorted by label, except one run of the anchor's own identity, which is stepped over.
+    """
+    step = torch.where(rank >= identities.first[anchor], identities.size[anchor], 0)
+    return identities.by_label[rank + step]

@@ -98,3 +98,63 @@ def distance_weighted_chances(
             for j, w in log_weight.items():
                 chances[i, j] = np.exp(w - top) / total
     return chances
+
+
+def batch_all(labels: Labels, ref_labels: Labels, self_index: Labels) -> list[Triplet]:
+    """Every triplet."""
+    return [
+        (a, p, n)
+        for a in range(len(labels))
+        for p in positives(a, labels, ref_labels, self_index)
+        for n in negatives(a, labels, ref_labels)
+    ]
+
+
+def violating(
+    dist: Rows, labels: Labels, ref_labels: Labels, self_index: Labels, margin: float
+) -> dict[tuple[int, int], list[int]]:
+    """For each ordered positive pair the negatives with d_an < d_ap + margin."""
+    return {
+        (a, p): [n for n in negatives(a, labels, ref_labels) if dist[a, n] < dist[a, p] + margin]
+        for a in range(len(labels))
+        for p in positives(a, labels, ref_labels, self_index)
+    }
+
+
+def easy_positive(dist: Rows, labels: Labels, ref_labels: Labels, self_index: Labels, negative: str) -> list[Triplet]:
+    """Closest positive, with the closest negative or the closest that is no closer; the lowest index on ties."""
+    chosen = []
+    for a in range(len(labels)):
+        near, far = positives(a, labels, ref_labels, self_index), negatives(a, labels, ref_labels)
+        if not near:
+            continue
+        p = min(near, key=lambda j: (dist[a, j], j))
+        allowed = [n for n in far if negative == "hardest" or dist[a, n] >= dist[a, p]]
+        if allowed:
+            chosen.append((a, p, min(allowed, key=lambda j: (dist[a, j], j))))
+    return chosen
+
+
+PairLists = tuple[list[tuple[int, int]], list[tuple[int, int]]]
+
+
+def pair_margin(
+    dist: Rows, labels: Labels, ref_labels: Labels, self_index: Labels, pos_margin: float, neg_margin: float
+) -> PairLists:
+    """Positive pairs farther, and negative pairs closer than a threshold."""
+    near, far = [], []
+    for a in range(len(labels)):
+        far += [(a, p) for p in positives(a, labels, ref_labels, self_index) if dist[a, p] > pos_margin]
+        near += [(a, n) for n in negatives(a, labels, ref_labels) if dist[a, n] < neg_margin]
+    return far, near
+
+
+def multi_similarity(dist: Rows, labels: Labels, ref_labels: Labels, self_index: Labels, epsilon: float) -> PairLists:
+    """Positives beyond the closest negative, negatives within the farthest positive, epsilon either way."""
+    far, near = [], []
+    for a in range(len(labels)):
+        pos, neg = positives(a, labels, ref_labels, self_index), negatives(a, labels, ref_labels)
+        if pos and neg:
+            far += [(a, p) for p in pos if dist[a, p] + epsilon > min(dist[a, n] for n in neg)]
+            near += [(a, n) for n in neg if dist[a, n] < max(dist[a, p] for p in pos) + epsilon]
+    return far, near

@@ -1,163 +1,24 @@
-"""Miners that choose among the images of a batch (or among given references), one triplet a pair or an anchor."""
+"""Miners that take one triplet a positive pair, or one an anchor, from a batch (or from given references)."""
 
-from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metricface.choices import check_choice, is_count, is_number
+from metricface.choices import check_choice, is_number
 from metricface.distances import Distance, check_distance
-from metricface.identities import Identities, find_identities, positive_pairs
-from metricface.miners import kernels
-from metricface.miners.kernels import Tile
-from metricface.tuples import Batch, Triplets, check_batch
+from metricface.identities import Identities, negative_of, positive_pairs
+from metricface.miners import fixed_shape, kernels
+from metricface.miners.base import Chosen, TripletMiner, check_unit, for_each_pair, joined, picked
+from metricface.miners.fixed_shape import MaskedTriplets
+from metricface.miners.tiles import RUN, tiles
+from metricface.tuples import Batch, Triplets
 
-Negative = Literal["hardest", "random"]
-SemiHardFallback = Literal["skip", "easiest", "hardest"]
 WeightedFallback = Literal["skip", "uniform"]
+EasyPositiveNegative = Literal["semi_hard", "hardest"]
 
 
-class MiningCounts(NamedTuple):
-    """What a miner found in its last batch, and what it left out and why: 0-dim int64 tensors on the batch's device.
-
-    "Pairs" are the positive pairs for which a negative was looked for: all ordered ones, or one an anchor (batch-hard).
-    triplets = pairs - pairs_without_candidate, plus those that a fallback found.
-    """
-
-    anchors: Tensor  # rows of the batch
-    anchors_without_positive: Tensor
-    anchors_without_negative: Tensor
-    pairs: Tensor
-    pairs_without_candidate: Tensor  # no negative at all, or none that the miner's rule allows
-    triplets: Tensor
-
-
-class Chosen(NamedTuple):
-    """What a miner chose: triplets, pairs it looked at, and pairs that its rule left without a negative (0-dim)."""
-
-    triplets: Triplets
-    pairs: Tensor
-    pairs_without_candidate: Tensor
-
-
-class _Miner(nn.Module, ABC):
-    """What the miners share: checking the batch, its identities, and counts. No gradient is kept."""
-
-    def __init__(self, *, normalize: bool, tile_rows: int | None = None) -> None:
-        super().__init__()
-        if tile_rows is not None and not is_count(tile_rows):
-            raise ValueError(
-                "tile_rows must be a whole number, at least 1, or None to choose by size and device; "
-                f"found {tile_rows!r}."
-            )
-        self.normalize = normalize
-        self.tile_rows = tile_rows
-        self.last: MiningCounts | None = None
-
-    @torch.no_grad()
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        self_index: Tensor | None = None,
-    ) -> Triplets:
-        """Choose triplets.
-
-        embeddings: (B, D) floating; labels: (B,) integers of any type and value. Positives and negatives come from
-        the batch itself or, where given, from ref_emb (R, D) with ref_labels (R,). self_index: (B,) which reference
-        row is the anchor itself (-1: none), so that it is not its own positive; without references it is known. This
-        also holds where ref_emb is the batch once more: miner(E, l, E, l) takes an anchor as its own positive.
-        (pytorch-metric-learning leaves it out if ref_labels is the very object labels, and takes it in a clone.)
-        Returns Triplets, int64 (T,) each, anchors ascending; T may be 0. `self.last` then has the MiningCounts.
-        Raises ValueError for wrong shapes, types and ranges, and for NaN or infinity in embeddings.
-        """
-        batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
-        identities = find_identities(batch)
-        chosen = self._choose(batch, identities)
-        self.last = MiningCounts(
-            anchors=identities.size.new_full((), len(batch.labels)),
-            anchors_without_positive=(identities.positives == 0).sum(),
-            anchors_without_negative=(identities.negatives == 0).sum(),
-            pairs=chosen.pairs,
-            pairs_without_candidate=chosen.pairs_without_candidate,
-            triplets=identities.size.new_full((), len(chosen.triplets.anchor)),
-        )
-        return chosen.triplets
-
-    @abstractmethod
-    def _choose(self, batch: Batch, identities: Identities) -> Chosen:
-        """Choose triplets from a checked batch."""
-
-
-class SemiHardMiner(_Miner):
-    """One semi-hard negative for each ordered positive pair: d_ap < d_an < d_ap + margin, both strictly.
-
-    margin: > 0, in units of `distance`; infinite: any negative farther than the positive.
-    negative: which one in the window: "hardest", the closest, or "random", drawn with equal chances.
-    fallback: what to do with a pair whose window is empty: "skip" it, take the "easiest" (farthest) negative of all,
-    or the "hardest" (closest) of all. FaceNet does not say; tensorflow-addons is margin=inf, fallback="easiest".
-    normalize: scale rows to length 1 first. generator: where draws come from, None for torch's global one.
-    tile_rows: anchors worked on at a time, None to choose by size and device; it changes no result beyond rounding.
-    Exact ties take the lowest index. Time grows with R times the number of positive pairs.
-    Source: Schroff et al. 2015, FaceNet, section 3.2.
-    """
-
-    def __init__(
-        self,
-        margin: float = 0.2,
-        *,
-        negative: Negative = "hardest",
-        fallback: SemiHardFallback = "skip",
-        distance: Distance = "squared_euclidean",
-        normalize: bool = True,
-        generator: torch.Generator | None = None,
-        tile_rows: int | None = None,
-    ) -> None:
-        super().__init__(normalize=normalize, tile_rows=tile_rows)
-        if not is_number(margin, infinite=True) or margin <= 0:
-            raise ValueError(
-                f"SemiHardMiner needs a number margin > 0, the width of its window, maybe infinite; found {margin!r}."
-            )
-        check_choice("negative", negative, get_args(Negative))
-        check_choice("fallback", fallback, get_args(SemiHardFallback))
-        check_distance(distance)
-        self.margin, self.negative, self.fallback = margin, negative, fallback
-        self.distance, self.generator = distance, generator
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return (
-            f"margin={self.margin}, negative={self.negative!r}, fallback={self.fallback!r}, "
-            f"distance={self.distance!r}, normalize={self.normalize}"
-        )
-
-    def _choose(self, batch: Batch, identities: Identities) -> Chosen:
-        uniform = _uniform(identities.pairs, batch, self.generator) if self.negative == "random" else None
-        parts, in_window = [], identities.size.new_zeros(())
-        for tile in kernels.tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
-            sq_upper = kernels.sq_reach(tile.sq_positive, self.margin, self.distance)
-            draws = None if uniform is None else uniform[tile.pair]
-            negative, found = kernels.semi_hard(tile.sq_positive, sq_upper, tile.sq_negative, draws, depths=tile.depths)
-            wanted = tile.is_positive & found
-            in_window += wanted.sum()
-            if self.fallback != "skip":
-                negative = torch.where(found, negative, self._instead(tile)[:, None])
-                wanted = tile.is_positive
-            parts.append(_pick(tile, negative, wanted))
-        pairs = identities.positives.sum()
-        return Chosen(_joined(parts, batch), pairs, pairs - in_window)
-
-    def _instead(self, tile: Tile) -> Tensor:
-        if self.fallback == "hardest":
-            return kernels.first_min(tile.sq_negative)
-        return kernels.farthest(tile.sq_negative, tile.sq_negative.isfinite())
-
-
-class BatchHardMiner(_Miner):
+class BatchHardMiner(TripletMiner):
     """For each anchor its farthest positive and its closest negative.
 
     Anchors without a positive or without a negative are left out. Exact ties take the lowest index.
@@ -176,17 +37,98 @@ class BatchHardMiner(_Miner):
         """Settings, as in the constructor."""
         return f"distance={self.distance!r}, normalize={self.normalize}"
 
+    @torch.no_grad()
+    def masked(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        self_index: Tensor | None = None,
+        max_positives: int,
+    ) -> MaskedTriplets:
+        """The triplets in a fixed shape, one place an anchor: T = B.
+
+        For torch.compile(fullgraph=True): no synchronisation with the device, and so no check of values. Arguments as
+        of forward. max_positives: of an anchor with more positives the first so many take part, by the order of their
+        rows; how many pairs that leaves out is in the result.
+        """
+        batch = fixed_shape.prepare(
+            embeddings,
+            labels,
+            ref_emb,
+            ref_labels,
+            self_index,
+            max_positives=max_positives,
+            normalize=self.normalize,
+            distance=self.distance,
+        )
+        return fixed_shape.hardest(batch, self.tile_rows)
+
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         has_positive, has_negative = identities.positives > 0, identities.negatives > 0
         parts = []
-        for tile in kernels.tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
+        for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
             place = kernels.farthest(tile.sq_positive, tile.is_positive)
             positive = tile.same.gather(1, place[:, None])[:, 0]
-            parts.append(Triplets(tile.anchors, positive, kernels.first_min(tile.sq_negative)))
-        return Chosen(_joined(parts, batch), has_positive.sum(), (has_positive & ~has_negative).sum())
+            parts.append(Triplets(tile.anchors, positive, kernels.nearest(tile).column))
+        return Chosen(joined(parts, batch), has_positive.sum(), (has_positive & ~has_negative).sum())
 
 
-class DistanceWeightedMiner(_Miner):
+class EasyPositiveMiner(TripletMiner):
+    """For each anchor its closest positive, with the closest negative or with the closest that is no closer than it.
+
+    negative: "semi_hard", the closest with d_an >= d_ap (EPSHN; anchors without one are left out), or "hardest" (EPHN).
+    Anchors without a positive or without a negative are left out. Exact ties take the lowest index.
+    distance, normalize, tile_rows: as in BatchHardMiner. The authors' code also drops anchors whose chosen cosines are
+    not above 0; that is part of their loss, not done here.
+    Source: Xuan, Stylianou and Pless 2020, Improved Embeddings with Easy Positive Triplet Mining, section 3.
+    """
+
+    def __init__(
+        self,
+        negative: EasyPositiveNegative = "semi_hard",
+        *,
+        distance: Distance = "cosine",
+        normalize: bool = True,
+        tile_rows: int | None = None,
+    ) -> None:
+        super().__init__(normalize=normalize, tile_rows=tile_rows)
+        check_choice("negative", negative, get_args(EasyPositiveNegative))
+        check_distance(distance)
+        self.negative, self.distance = negative, distance
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"negative={self.negative!r}, distance={self.distance!r}, normalize={self.normalize}"
+
+    def _choose(self, batch: Batch, identities: Identities) -> Chosen:
+        parts = []
+        for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
+            place = kernels.closest(tile.sq_positive, tile.is_positive)[:, None]
+            positive, sq_positive = tile.same.gather(1, place), tile.sq_positive.gather(1, place)
+            if self.negative == "hardest":
+                negative, found = kernels.nearest(tile).column[:, None], torch.ones_like(positive, dtype=torch.bool)
+            else:
+                window = kernels.SemiHard(
+                    sq_positive,
+                    torch.full_like(sq_positive, torch.inf),
+                    [len(positive)],
+                    at_least=True,
+                    rounding=tile.rounding,
+                )
+                for block in tile.blocks():
+                    window.see(block)
+                negative, found = window.column, window.found
+            kept = found[:, 0]
+            parts.append(Triplets(tile.anchors[kept], positive[kept, 0], negative[kept, 0]))
+        triplets = joined(parts, batch)
+        pairs = (identities.positives > 0).sum()
+        return Chosen(triplets, pairs, pairs - len(triplets.anchor))
+
+
+class DistanceWeightedMiner(TripletMiner):
     """Each ordered positive pair once, with one negative drawn so that all distances get their turn.
 
     A negative at distance d is drawn with chances 1 / q(d), q being the density of distances between random points of
@@ -225,30 +167,70 @@ class DistanceWeightedMiner(_Miner):
         cutoffs = f"cutoff={self.cutoff}, nonzero_loss_cutoff={self.nonzero_loss_cutoff}"
         return f"{cutoffs}, fallback={self.fallback!r}, normalize={self.normalize}"
 
+    @torch.no_grad()
+    def masked(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        self_index: Tensor | None = None,
+        max_positives: int,
+    ) -> MaskedTriplets:
+        """The triplets in a fixed shape, one place for each of an anchor's positives: T = B x max_positives.
+
+        For torch.compile(fullgraph=True): no synchronisation with the device, and so no check of values. Arguments as
+        of forward. max_positives: of an anchor with more positives the first so many take part, by the order of their
+        rows; how many pairs that leaves out is in the result. Draws come from torch's global generator. Raises
+        ValueError for a generator of the miner's own, which torch.compile cannot trace.
+        """
+        if self.generator is not None:
+            raise ValueError(
+                "DistanceWeightedMiner.masked draws from torch's global generator; this miner has its own. "
+                "Leave it out."
+            )
+        batch = fixed_shape.prepare(
+            embeddings,
+            labels,
+            ref_emb,
+            ref_labels,
+            self_index,
+            max_positives=max_positives,
+            normalize=self.normalize,
+            distance="euclidean",
+        )
+        draws = torch.rand_like(batch.is_positive, dtype=torch.float64)
+        rule = fixed_shape.weighted_rule(
+            embeddings.shape[1], self.cutoff, self.nonzero_loss_cutoff, self.fallback, draws
+        )
+        return fixed_shape.mine(batch, rule, self.tile_rows)
+
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         if not self.normalize:
-            _check_unit(batch)
-        uniform = _uniform(identities.pairs, batch, self.generator)
+            check_unit(batch)
+        draws = for_each_pair(batch, identities, self.generator)
         parts, with_eligible = [], identities.size.new_zeros(())
-        for tile in kernels.tiles(batch, identities, "euclidean", tile_rows=self.tile_rows):
-            weights, eligible = self._weights(tile, batch.ref_emb.shape[1])
-            draws, negative = uniform[tile.pair], torch.zeros_like(tile.same)
-            # As many draws at a time as make their blocks no larger than the tile.
-            at_once = weights.shape[1] // kernels.BLOCK
+        for tile in tiles(batch, identities, "euclidean", tile_rows=self.tile_rows, whole_rows=True):
+            (block,) = tile.blocks()
+            weights, eligible = self._weights(block.sq_negative, batch.ref_emb.shape[1])
+            of_pairs, negative = draws[tile.pair], torch.zeros_like(tile.same)
+            # As many draws at a time as make their runs no larger than the block.
+            at_once = weights.shape[1] // RUN
             for first in range(0, len(tile.depths), at_once):
                 rows, columns = tile.depths[first], slice(first, first + at_once)
-                negative[:rows, columns], _ = kernels.draw(weights[:rows], draws[:rows, columns])
+                negative[:rows, columns], _ = kernels.draw(weights[:rows], of_pairs[:rows, columns])
             wanted = tile.is_positive & eligible[:, None]
             with_eligible += wanted.sum()
-            parts.append(_pick(tile, negative, tile.is_positive if self.fallback == "uniform" else wanted))
+            parts.append(picked(tile, negative, tile.is_positive if self.fallback == "uniform" else wanted))
         pairs = identities.positives.sum()
-        return Chosen(_joined(parts, batch), pairs, pairs - with_eligible)
+        return Chosen(joined(parts, batch), pairs, pairs - with_eligible)
 
-    def _weights(self, tile: Tile, dim: int) -> tuple[Tensor, Tensor]:
-        """Weights (b, R') of the negatives, by distance or, if the fallback asks for it, equal; (b,) by distance."""
-        negative = tile.sq_negative.isfinite() if self.fallback == "uniform" else None
+    def _weights(self, sq_negative: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Weights (b, C) of the negatives, by distance or, if the fallback asks for it, equal; (b,) by distance."""
+        negative = sq_negative.isfinite() if self.fallback == "uniform" else None
         weights = kernels.distance_weights(
-            tile.sq_negative, dim, cutoff=self.cutoff, nonzero_loss_cutoff=self.nonzero_loss_cutoff
+            sq_negative, dim, cutoff=self.cutoff, nonzero_loss_cutoff=self.nonzero_loss_cutoff
         )
         eligible = weights.amax(dim=1) > 0
         if negative is not None:
@@ -256,7 +238,52 @@ class DistanceWeightedMiner(_Miner):
         return weights, eligible
 
 
-class RandomMiner(_Miner):
+class RandomHardMiner(TripletMiner):
+    """Each ordered positive pair once, with a negative drawn evenly from those that violate: d_an < d_ap + margin.
+
+    Softer than the hardest negative, and harder than a semi-hard one: what lies closer than the positive takes part.
+    margin: >= 0, in units of `distance`, which is FaceNet's squared one by default. Pairs that no negative violates are
+    left out. distance, normalize, generator, tile_rows: as in SemiHardMiner.
+    Source: Parkhi, Vedaldi and Zisserman 2015, Deep Face Recognition, section 4.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        *,
+        distance: Distance = "squared_euclidean",
+        normalize: bool = True,
+        generator: torch.Generator | None = None,
+        tile_rows: int | None = None,
+    ) -> None:
+        super().__init__(normalize=normalize, tile_rows=tile_rows)
+        if not is_number(margin) or margin < 0:
+            raise ValueError(f"RandomHardMiner needs a finite margin, 0 or more; found {margin!r}.")
+        check_distance(distance)
+        self.margin, self.distance, self.generator = margin, distance, generator
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"margin={self.margin}, distance={self.distance!r}, normalize={self.normalize}"
+
+    def _choose(self, batch: Batch, identities: Identities) -> Chosen:
+        draws = for_each_pair(batch, identities, self.generator)
+        parts = []
+        for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows, whole_rows=True):
+            (block,) = tile.blocks()
+            sq_upper = kernels.sq_reach(tile.sq_positive, self.margin, self.distance)
+            negative, found = torch.zeros_like(tile.same), torch.zeros_like(tile.is_positive)
+            for j, rows in enumerate(tile.depths):
+                violating = block.sq_negative[:rows] < sq_upper[:rows, j, None]
+                column, found[:rows, j] = kernels.draw(violating, draws[tile.pair[:rows, j, None]])
+                negative[:rows, j] = column[:, 0]
+            parts.append(picked(tile, negative, tile.is_positive & found))
+        triplets = joined(parts, batch)
+        pairs = identities.positives.sum()
+        return Chosen(triplets, pairs, pairs - len(triplets.anchor))
+
+
+class RandomMiner(TripletMiner):
     """Each ordered positive pair once, with a negative drawn with equal chances: what mining is to be measured against.
 
     generator: where draws come from, None for torch's global one.
@@ -269,40 +296,8 @@ class RandomMiner(_Miner):
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         anchor, positive = positive_pairs(batch, identities)
         negatives = identities.negatives[anchor]
-        drawn = (_uniform(len(anchor), batch, self.generator) * negatives).long().clamp_max(negatives - 1)
-        # Negatives are all references sorted by label except a run of the anchor's own identity: step over it.
-        drawn += torch.where(drawn >= identities.first[anchor], identities.size[anchor], 0)
+        rank = (for_each_pair(batch, identities, self.generator) * negatives).long().clamp_max(negatives - 1)
         kept = negatives > 0
-        triplets = Triplets(anchor[kept], positive[kept], identities.by_label[drawn[kept]])
+        anchor, positive, rank = anchor[kept], positive[kept], rank[kept]
+        triplets = Triplets(anchor, positive, negative_of(identities, anchor, rank))
         return Chosen(triplets, identities.positives.sum(), (~kept).sum())
-
-
-def _check_unit(batch: Batch) -> None:
-    for rows, name in ((batch.embeddings, "embeddings"), (batch.ref_emb, "ref_emb")):
-        lengths = rows.square().sum(dim=1).sqrt()
-        wrong = ((lengths - 1.0).abs() > 0.01).nonzero()[:, 0]  # bfloat16 rounds a length by up to 0.4%
-        if len(wrong):
-            raise ValueError(
-                f"{len(wrong)} of {len(rows)} rows of {name} are not of length 1 (first: row {int(wrong[0])}, length "
-                f"{float(lengths[wrong[0]]):.3g}). Pass unit rows, or leave normalize=True."
-            )
-
-
-def _uniform(number: int, batch: Batch, generator: torch.Generator | None) -> Tensor:
-    """(number,) float64 in [0, 1): one for each positive pair in row order, so that tiles do not change the draws."""
-    device = batch.labels.device if generator is None else generator.device
-    return torch.rand(number, dtype=torch.float64, device=device, generator=generator).to(batch.labels.device)
-
-
-def _pick(tile: Tile, negative: Tensor, wanted: Tensor) -> Triplets:
-    """Triplets of the pairs of a tile that are wanted. negative, wanted: (b, M)."""
-    row, place = wanted.nonzero(as_tuple=True)
-    return Triplets(tile.anchors[row], tile.same[row, place], negative[row, place])
-
-
-def _joined(parts: list[Triplets], batch: Batch) -> Triplets:
-    """The triplets of all tiles, anchors ascending."""
-    nothing = batch.labels.new_empty(0, dtype=torch.long)
-    columns = [torch.cat([nothing, *(part[i] for part in parts)]) for i in range(3)]
-    order = columns[0].argsort(stable=True)  # positives of an anchor stay ascending
-    return Triplets(*(column[order] for column in columns))

@@ -15,21 +15,36 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metricface.distances import Distance, pairwise, unit_rows
-from metricface.miners import BatchHardMiner, DistanceWeightedMiner, MiningCounts, RandomMiner, SemiHardMiner
+from metricface.miners import (
+    BatchAllMiner,
+    BatchHardMiner,
+    DistanceWeightedMiner,
+    EasyPositiveMiner,
+    MiningCounts,
+    RandomHardMiner,
+    RandomMiner,
+    SemiHardMiner,
+)
 from metricface.tuples import Triplets
 from tests import oracles
 from tests.vectors import case
 
 LABEL_VALUES = [-7, 0, 3, 2**24, 2**24 + 1, 2**40]
 Make = Callable[..., nn.Module]
-EVERY_MINER: list[Make] = [
-    SemiHardMiner,
-    lambda **kw: SemiHardMiner(negative="random", fallback="hardest", **kw),
-    BatchHardMiner,
-    DistanceWeightedMiner,
-    lambda **kw: DistanceWeightedMiner(fallback="uniform", nonzero_loss_cutoff=0.8, **kw),
-]
-MINERS = pytest.mark.parametrize("make", EVERY_MINER, ids=["semi_hard", "semi_random", "hard", "weighted", "uniform"])
+FEW: dict[str, Make] = {  # of at most one triplet a positive pair
+    "semi_hard": SemiHardMiner,
+    "semi_random": lambda **kw: SemiHardMiner(negative="random", fallback="hardest", **kw),
+    "hard": BatchHardMiner,
+    "easy_positive": EasyPositiveMiner,
+    "easy_positive_hard": lambda **kw: EasyPositiveMiner("hardest", **kw),
+    "weighted": DistanceWeightedMiner,
+    "uniform": lambda **kw: DistanceWeightedMiner(fallback="uniform", nonzero_loss_cutoff=0.8, **kw),
+    "random_hard": RandomHardMiner,
+}
+ALL_IN_WINDOW: dict[str, Make] = {"semi_all": lambda **kw: SemiHardMiner(negative="all", fallback="easiest", **kw)}
+EVERY_MINER = [*FEW.values(), *ALL_IN_WINDOW.values()]
+MINERS = pytest.mark.parametrize("make", EVERY_MINER, ids=[*FEW, *ALL_IN_WINDOW])
+MINERS_OF_FEW = pytest.mark.parametrize("make", FEW.values(), ids=FEW)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -112,7 +127,160 @@ def test_semi_hard_is_the_closest_negative_of_each_window_or_what_the_fallback_s
         len(windows),
         sum(not window for window in windows.values()),
         len(expected),
+        0,
     ]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["euclidean", "squared_euclidean"]),
+    st.sampled_from([1.0, math.inf]),
+    st.sampled_from(["skip", "easiest", "hardest"]),
+    st.sampled_from([None, 1, 3]),
+)
+def test_all_semi_hard_negatives_are_the_whole_window_or_what_the_fallback_says(
+    seed: int, distance: Distance, margin: float, fallback: Any, tile_rows: int | None
+) -> None:
+    problem = Problem(seed)
+    miner = SemiHardMiner(
+        margin, negative="all", fallback=fallback, distance=distance, normalize=False, tile_rows=tile_rows
+    )
+    windows = oracles.semi_hard_windows(*problem.sides(distance), margin)
+    one = {(a, p): n for a, p, n in oracles.semi_hard(*problem.sides(distance), margin, fallback)}
+    expected = [
+        (a, p, n) for (a, p), window in windows.items() for n in window or ([one[a, p]] if (a, p) in one else [])
+    ]
+    assert rows(problem.mine(miner)) == expected
+    assert miner.last is not None
+    assert int(miner.last.pairs_without_candidate) == sum(not window for window in windows.values())
+    assert int(miner.last.triplets) == len(expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from(["euclidean", "squared_euclidean"]), st.sampled_from([0.0, 2.5]))
+def test_a_random_hard_negative_violates_the_margin_of_its_pair(seed: int, distance: Distance, margin: float) -> None:
+    problem = Problem(seed)
+    miner = RandomHardMiner(margin, distance=distance, normalize=False, generator=seeded(seed))
+    windows = oracles.violating(*problem.sides(distance), margin)
+    found = rows(problem.mine(miner))
+    assert [(a, p) for a, p, _ in found] == [pair for pair, window in windows.items() if window]
+    assert all(n in windows[a, p] for a, p, n in found)
+    assert miner.last is not None
+    assert int(miner.last.pairs_without_candidate) == sum(not window for window in windows.values())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["euclidean", "squared_euclidean"]),
+    st.sampled_from(["semi_hard", "hardest"]),
+    st.sampled_from([None, 1, 3]),
+)
+def test_easy_positive_is_the_closest_positive_and_the_closest_negative_that_is_allowed(
+    seed: int, distance: Distance, negative: Any, tile_rows: int | None
+) -> None:
+    problem = Problem(seed)
+    miner = EasyPositiveMiner(negative, distance=distance, normalize=False, tile_rows=tile_rows)
+    assert rows(problem.mine(miner)) == oracles.easy_positive(*problem.sides(distance), negative)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 30))
+def test_batch_all_is_every_triplet_once_and_a_limit_takes_as_many_different_ones(seed: int, limit: int) -> None:
+    problem = Problem(seed)
+    _, labels, ref_labels, self_index = problem.sides("euclidean")
+    expected = oracles.batch_all(labels, ref_labels, self_index)
+    assert sorted(rows(problem.mine(BatchAllMiner()))) == expected
+    miner = BatchAllMiner(max_triplets=limit, generator=seeded(seed))
+    some = rows(problem.mine(miner))
+    assert len(set(some)) == len(some) == min(limit, len(expected))
+    assert set(some) <= set(expected)
+    assert [a for a, _, _ in some] == sorted(a for a, _, _ in some)
+    assert miner.last is not None
+    assert int(miner.last.left_out) == len(expected) - len(some)
+
+
+@pytest.mark.parametrize("limit", [7, 40, 180])  # drawn one by one, and from a permutation
+def test_a_limited_batch_all_draws_evenly_from_every_triplet(limit: int) -> None:
+    x, labels = torch.zeros(12, 2), torch.arange(12) // 3
+    every = oracles.batch_all(labels.numpy(), labels.numpy(), np.arange(12))
+    assert len(every) == 216
+    counts, times, generator = dict.fromkeys(every, 0), 30_000 // limit, seeded(limit)
+    for _ in range(times):
+        for triplet in rows(BatchAllMiner(max_triplets=limit, generator=generator)(x, labels)):
+            counts[triplet] += 1
+    share = limit / 216
+    # Draws without replacement vary less than independent ones, by the share that is left.
+    statistic = sum((count - times * share) ** 2 for count in counts.values()) / (times * share * (1 - share))
+    assert 1e-3 < stats.chi2.cdf(statistic * 215 / 216, 215) < 1 - 1e-3
+
+
+def test_a_limited_semi_hard_miner_draws_evenly_from_all_windows() -> None:
+    x, labels = faces(identities=8, dim=4)
+    miner = SemiHardMiner(math.inf, negative="all")
+    every = rows(miner(x, labels))
+    limit, times = len(every) // 3, 600
+    counts, generator = dict.fromkeys(every, 0), seeded(3)
+    for _ in range(times):
+        few = SemiHardMiner(math.inf, negative="all", max_triplets=limit, generator=generator)
+        some = rows(few(x, labels))
+        assert len(set(some)) == len(some) == limit
+        assert few.last is not None
+        assert int(few.last.left_out) == len(every) - limit
+        for triplet in some:
+            counts[triplet] += 1
+    share = limit / len(every)
+    statistic = sum((count - times * share) ** 2 for count in counts.values()) / (times * share * (1 - share))
+    assert 1e-3 < stats.chi2.cdf(statistic, len(every)) < 1 - 1e-3
+    found = [
+        rows(SemiHardMiner(math.inf, negative="all", max_triplets=50, generator=seeded(1), tile_rows=size)(x, labels))
+        for size in (1, 5, 100)
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("make", [BatchHardMiner, SemiHardMiner, EasyPositiveMiner, RandomHardMiner])
+def test_a_zero_row_has_cosine_zero_with_every_row(make: Make) -> None:
+    # From the first row: a positive at cosine .9, a zero row (0), a negative at cosine .3, one at -.5.
+    x = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.0, 0.0], [0.3, 0.91**0.5], [-0.5, 0.75**0.5], [0.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 2, 3, 4])
+    found = {n for a, _, n in rows(make(distance="cosine", normalize=False)(x, labels)) if a == 0}
+    if make is RandomHardMiner:
+        assert found == set()
+    elif make is SemiHardMiner:
+        # d_ap = 0.1, and the window ends before 1, where a zero row lies
+        in_window = rows(SemiHardMiner(0.85, negative="all", distance="cosine")(x, labels))
+        assert [n for a, _, n in in_window if a == 0] == [3]
+    else:
+        assert found == {3}
+    zero = rows(make(distance="cosine")(x, torch.tensor([0, 1, 5, 2, 3, 5])))
+    assert all(a not in (2, 5) or p in (2, 5) for a, p, _ in zero)
+
+
+def test_the_worked_example_of_random_hard() -> None:
+    inputs, expected = case("C1.candidate_sets")["inputs"], case("C1.candidate_sets")["expected"]
+    x, labels = torch.tensor(inputs["X"], dtype=torch.float64), torch.tensor(inputs["labels"])
+    drawn: set[tuple[int, int, int]] = set()
+    miner = RandomHardMiner(inputs["alpha"], normalize=False, generator=seeded())
+    for _ in range(60):
+        drawn |= set(rows(miner(x, labels)))
+    assert [triplet for triplet in sorted(drawn) if triplet[0] < triplet[1]] == [
+        tuple(row) for row in expected["vgg_a_lt_p"]
+    ]
+    assert len(drawn) == expected["n_vgg_all"]
+
+
+def test_the_worked_example_of_easy_positive() -> None:
+    inputs, expected = case("C8.easy_positive")["inputs"], case("C8.easy_positive")["expected"]
+    x, labels = torch.tensor(inputs["X"], dtype=torch.float64), torch.tensor(inputs["labels"])
+    cosines = unit_rows(x) @ unit_rows(x).T
+    for name, negative in (("EPHN", "hardest"), ("EPSHN", "semi_hard")):
+        a, p, n = EasyPositiveMiner(negative)(x, labels)  # type: ignore[arg-type]
+        s_ap, s_an = cosines[a, p], cosines[a, n]
+        kept = (s_ap > 0) & (s_an > 0)  # as the authors' loss has it
+        loss = torch.nn.functional.softplus((s_an - s_ap)[kept] / inputs["sigma"]).mean().item()
+        assert loss == pytest.approx(expected[name], abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -247,6 +415,17 @@ def test_a_semi_hard_window_is_drawn_from_evenly() -> None:
     assert stats.chisquare(counts[2:6]).pvalue > 1e-3
 
 
+def test_random_hard_negatives_are_drawn_evenly_from_all_that_violate() -> None:
+    draws = 30_000
+    x = torch.zeros(draws, 1)
+    references = torch.tensor([[1.0], [0.5], [1.1], [1.2], [1.3], [1.4], [3.0]])
+    miner = RandomHardMiner(0.35, distance="euclidean", normalize=False, generator=seeded())
+    found = miner(x, torch.zeros(draws).long(), references, torch.tensor([0, 1, 1, 2, 2, 3, 3]))
+    counts = np.bincount(found.negative.numpy(), minlength=7)
+    assert counts[[0, 5, 6]].tolist() == [0, 0, 0]
+    assert stats.chisquare(counts[1:5]).pvalue > 1e-3
+
+
 def test_random_negatives_are_drawn_evenly_around_the_anchors_own_identity() -> None:
     draws = 30_000
     ref_labels = torch.tensor([5, 1, 9, 5, 5, 2, 9, 7])
@@ -288,6 +467,27 @@ def test_a_clone_of_the_batch_with_self_index_gives_what_the_batch_itself_gives(
     found = make()(x, labels, x.clone(), labels.clone(), self_index=torch.arange(len(x)))
     assert rows(found) == expected
     assert expected
+
+
+@pytest.mark.parametrize("make", [BatchHardMiner, SemiHardMiner, EasyPositiveMiner, BatchAllMiner])
+def test_each_ranks_share_against_all_ranks_gathered_gives_what_one_process_finds(make: Make) -> None:
+    x, labels = (part[:-1] for part in faces())  # without the zero row, to which all others are equally far
+    expected = sorted(rows(make()(x, labels)))
+    found = []
+    for mine in torch.split(torch.arange(95), 32):
+        of_rank = make()(x[mine], labels[mine], x, labels, self_index=mine)
+        found += [(int(mine[a]), p, n) for a, p, n in rows(of_rank)]
+    assert sorted(found) == expected
+    assert expected
+
+
+@pytest.mark.parametrize("make", [BatchHardMiner, SemiHardMiner, EasyPositiveMiner, BatchAllMiner])
+def test_the_order_of_a_batch_changes_the_numbers_of_its_rows_and_nothing_else(make: Make) -> None:
+    x, labels = (part[:-1] for part in faces())  # without the zero row, to which all others are equally far
+    x[1] += 0.01 * torch.randn(128, generator=seeded(7))  # nor equal rows
+    order = torch.randperm(len(x), generator=seeded(5))
+    moved = {tuple(order[list(t)].tolist()) for t in rows(make()(x[order].double(), labels[order]))}
+    assert moved == set(rows(make()(x.double(), labels)))
 
 
 @pytest.mark.parametrize("miner", [SemiHardMiner(), BatchHardMiner()])
@@ -347,7 +547,7 @@ def nothing_to_mine() -> list[Any]:
 @MINERS
 @pytest.mark.parametrize("batch", nothing_to_mine())
 def test_where_there_is_nothing_to_mine_the_triplets_are_empty(make: Make, batch: tuple[Tensor, ...]) -> None:
-    for miner in (make(), RandomMiner()):
+    for miner in (make(), RandomMiner(), BatchAllMiner(), BatchAllMiner(max_triplets=3)):
         assert rows(miner(*batch)) == []
         counts = miner.last
         assert isinstance(counts, MiningCounts)
@@ -360,9 +560,9 @@ def test_counts_say_how_many_anchors_had_no_positive_or_no_negative() -> None:
     miner = BatchHardMiner()
     assert len(miner(x, labels).anchor) == 3
     assert miner.last is not None
-    assert [int(value) for value in miner.last] == [5, 2, 0, 3, 0, 3]
+    assert [int(value) for value in miner.last] == [5, 2, 0, 3, 0, 3, 0]
     miner(x, labels, x[:3], labels[:3])
-    assert [int(value) for value in miner.last] == [5, 2, 3, 3, 3, 0]
+    assert [int(value) for value in miner.last] == [5, 2, 3, 3, 3, 0, 0]
 
 
 def test_batch_hard_never_picks_the_anchor_as_its_own_positive_when_images_are_duplicates() -> None:
@@ -425,12 +625,31 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
-@MINERS
-def test_no_tensor_is_larger_than_a_tile_or_the_embeddings(make: Make) -> None:
+@MINERS_OF_FEW
+def test_no_tensor_is_larger_than_a_tile_or_the_embeddings_with_their_lengths(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metricface.miners.tiles.CPU_BLOCK", 8 * 256)
     x, labels = faces(identities=64, dim=8)
     with Largest() as largest:  # type: ignore[no-untyped-call]
         make(tile_rows=8)(x, labels)
-    assert largest.numbers <= max(8 * len(x), x.numel()) < len(x) ** 2 / 30
+    assert largest.numbers <= max(8 * len(x), len(x) * (8 + 4)) < len(x) ** 2 / 20
+
+
+@pytest.mark.parametrize("make", [BatchHardMiner, SemiHardMiner, EasyPositiveMiner])
+def test_what_needs_no_whole_row_holds_no_more_than_a_block(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metricface.miners.tiles.CPU_BLOCK", 16 * 64)
+    x, labels = faces(identities=64, dim=2)
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        make(tile_rows=16)(x, labels)
+    assert largest.numbers <= max(16 * 64, len(x) * (2 + 4))
+
+
+def test_a_sample_of_every_triplet_makes_no_list_of_them_all() -> None:
+    x, labels = faces(identities=64, images=8, dim=4)  # 1.8 million triplets of 512 images
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        assert len(BatchAllMiner(max_triplets=1000, generator=seeded())(x, labels).anchor) == 1000
+    assert largest.numbers <= 512 * 8
 
 
 class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -466,7 +685,13 @@ def test_one_large_identity_makes_work_for_its_own_anchors_only(make: Make) -> N
 
 def test_draws_come_from_the_generator_alone() -> None:
     x, labels = faces()
-    for make in (lambda g: SemiHardMiner(negative="random", generator=g), lambda g: DistanceWeightedMiner(generator=g)):
+    for make in (
+        lambda g: SemiHardMiner(negative="random", generator=g),
+        lambda g: SemiHardMiner(negative="all", max_triplets=20, generator=g),
+        lambda g: DistanceWeightedMiner(generator=g),
+        lambda g: RandomHardMiner(generator=g),
+        lambda g: BatchAllMiner(max_triplets=20, generator=g),
+    ):
         before = torch.get_rng_state()
         first, second, other = (rows(make(seeded(seed))(x, labels)) for seed in (5, 5, 6))
         assert torch.equal(before, torch.get_rng_state())
@@ -476,7 +701,10 @@ def test_draws_come_from_the_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SemiHardMiner(negative="closest"), "negative='closest' is unknown; use one of 'hardest', 'random'"),  # type: ignore[arg-type]
+        (
+            lambda: SemiHardMiner(negative="closest"),  # type: ignore[arg-type]
+            "negative='closest' is unknown; use one of 'hardest', 'random', 'all'",
+        ),
         (lambda: SemiHardMiner(fallback="none"), "'skip', 'easiest', 'hardest'"),  # type: ignore[arg-type]
         (lambda: DistanceWeightedMiner(fallback="easiest"), "'skip', 'uniform'"),  # type: ignore[arg-type]
         (lambda: SemiHardMiner(0.0), "margin > 0"),
@@ -484,6 +712,10 @@ def test_draws_come_from_the_generator_alone() -> None:
         (lambda: BatchHardMiner(distance="l2"), "'squared_euclidean'"),  # type: ignore[arg-type]
         (lambda: SemiHardMiner("soft"), "margin > 0.*found 'soft'"),  # type: ignore[arg-type]
         (lambda: BatchHardMiner(tile_rows=0), "tile_rows"),
+        (lambda: BatchAllMiner(max_triplets=0), "max_triplets must be a whole number"),
+        (lambda: SemiHardMiner(max_triplets=1.5), "max_triplets must be a whole number"),  # type: ignore[arg-type]
+        (lambda: RandomHardMiner(-1.0), "0 or more"),
+        (lambda: EasyPositiveMiner("easy"), "'semi_hard', 'hardest'"),  # type: ignore[arg-type]
         (lambda: BatchHardMiner(tile_rows=2.5), "tile_rows must be a whole number"),  # type: ignore[arg-type]
         (lambda: DistanceWeightedMiner(cutoff="0.5"), "found cutoff='0.5'"),  # type: ignore[arg-type]
         (lambda: DistanceWeightedMiner(cutoff=1.5), "cutoff=1.5, nonzero_loss_cutoff=1.4"),

@@ -1,4 +1,4 @@
-"""The functions on tiles, against sorting and counting."""
+"""The functions on blocks of distances, against sorting and counting."""
 
 from typing import Any
 
@@ -11,10 +11,9 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metricface.distances import Distance, pairwise
-from metricface.identities import find_identities
+from metricface.distances import Distance
 from metricface.miners import kernels
-from metricface.tuples import check_batch
+from metricface.miners.tiles import RUN, Block
 from tests.vectors import case
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -31,55 +30,101 @@ def distances_with_ties(rows: int, columns: int, seed: int, dtype: torch.dtype) 
 
 
 @DTYPES
-def test_the_first_minimum_is_the_lowest_column_among_equal_ones(dtype: torch.dtype) -> None:
-    tile = distances_with_ties(200, 3 * kernels.BLOCK, 0, dtype)
-    tile[0] = torch.inf
-    assert torch.equal(kernels.first_min(tile), torch.from_numpy(tile.numpy().argmin(axis=1)))
+def test_the_first_extremes_are_the_lowest_columns_among_equal_ones(dtype: torch.dtype) -> None:
+    block = distances_with_ties(200, 3 * RUN, 0, dtype)
+    block[0] = torch.inf
+    for find, expected in (
+        (kernels.first_min, block.numpy().argmin(axis=1)),
+        (kernels.first_max, block.numpy().argmax(axis=1)),
+    ):
+        value, column = find(block)
+        assert column.tolist() == expected.tolist()
+        assert torch.equal(value, block.gather(1, column[:, None])[:, 0])
 
 
-def test_the_farthest_is_the_lowest_allowed_column_among_equal_ones() -> None:
-    dist = torch.tensor([[5.0, 2.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
-    allowed = torch.tensor([[False, True, True, True], [False, False, True, True]])
+def test_the_farthest_and_the_closest_are_the_lowest_allowed_columns_among_equal_ones() -> None:
+    dist = torch.tensor([[5.0, 2.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    allowed = torch.tensor([[False, True, True, True, True], [False, False, True, True, True]])
     assert kernels.farthest(dist, allowed).tolist() == [2, 2]
+    assert kernels.closest(dist, allowed).tolist() == [1, 2]
+
+
+def in_blocks(row: Tensor, order: list[int]) -> list[Block]:
+    """Three blocks of equal width, in an order."""
+    width = row.shape[1] // 3
+    return [Block(k * width, row[:, k * width : (k + 1) * width].clone()) for k in order]
+
+
+ORDERS = pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [2, 1, 0]])
+
+
+@ORDERS
+@DTYPES
+def test_what_was_best_so_far_does_not_depend_on_the_order_in_which_blocks_arrive(
+    order: list[int], dtype: torch.dtype
+) -> None:
+    row = distances_with_ties(200, 3 * RUN, 4, dtype)
+    row[0] = torch.inf
+    anchors = torch.arange(200)
+    nearest, farthest = kernels.Nearest(anchors, dtype), kernels.Farthest(anchors, dtype)
+    for block in in_blocks(row, order):
+        nearest.see(block)
+        farthest.see(block)
+    assert nearest.column[1:].tolist() == row[1:].argmin(dim=1).tolist()
+    finite = row.masked_fill(row == torch.inf, -1.0)
+    assert farthest.column[1:].tolist() == finite[1:].argmax(dim=1).tolist()
+    assert nearest.sq_dist[0] == torch.inf
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1e-9, 0.6, torch.inf]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([1e-9, 0.6, torch.inf]),
+    st.permutations([0, 1, 2]),
+    st.booleans(),
+)
 def test_the_semi_hard_negative_is_the_smallest_distance_inside_the_window(
-    seed: int, dtype: torch.dtype, margin: float
+    seed: int, dtype: torch.dtype, margin: float, order: list[int], at_least: bool
 ) -> None:
-    tile = distances_with_ties(8, 2 * kernels.BLOCK, seed, dtype)
-    tile[:, seed % 128 :] = torch.inf  # also with few or no negatives
+    row = distances_with_ties(8, 3 * RUN, seed, dtype)
+    row[:, seed % 192 :] = torch.inf  # also with few or no negatives
     sq_positive = distances_with_ties(8, 3, seed + 1, dtype).nan_to_num(posinf=2.0)
-    negative, found = kernels.semi_hard(sq_positive, sq_positive + margin, tile)
-    drawn, found_too = kernels.semi_hard(
-        sq_positive, sq_positive + margin, tile, torch.rand(8, 3, generator=seeded(seed))
-    )
-    assert torch.equal(found, found_too)
-    for i in range(8):
-        for j in range(3):
+    state = kernels.SemiHard(sq_positive, sq_positive + margin, [8, 8, 5], at_least=at_least)
+    for block in in_blocks(row, order):
+        state.see(block)
+    for j, rows in enumerate([8, 8, 5]):
+        inside = state.inside(Block(0, row), j)
+        for i in range(rows):
             low, high = sq_positive[i, j], sq_positive[i, j] + margin
-            window = [n for n in range(tile.shape[1]) if low < tile[i, n] < high]
-            assert bool(found[i, j]) == bool(window)
+            window = [
+                n
+                for n in range(row.shape[1])
+                if (low < row[i, n] or (at_least and low == row[i, n])) and row[i, n] < high
+            ]
+            assert bool(state.found[i, j]) == bool(window)
+            assert inside[i].nonzero()[:, 0].tolist() == window
             if window:
-                assert negative[i, j] == min(window, key=lambda n: (float(tile[i, n]), n))
-                assert drawn[i, j] in window
+                assert state.column[i, j] == min(window, key=lambda n: (float(row[i, n]), n))
+    assert not state.found[5:, 2].any()
 
 
 def test_a_window_whose_upper_end_is_rounded_below_its_lower_end_is_empty() -> None:
-    tile = torch.linspace(0.0, 2.0, kernels.BLOCK)[None]
+    block = Block(0, torch.linspace(0.0, 2.0, RUN)[None])
     low = torch.tensor([[1.0]])
     for high in (low, low.nextafter(torch.zeros(1))):
-        for uniform in (None, torch.zeros(1, 1)):
-            assert not kernels.semi_hard(low, high, tile, uniform)[1].any()
+        state = kernels.SemiHard(low, high, [1])
+        state.see(block)
+        assert not state.found.any()
+        assert not state.inside(block, 0).any()
 
 
 @pytest.mark.parametrize("weights", ["float", "bool"])
 def test_draws_follow_the_weights_across_blocks(weights: str) -> None:
-    columns, draws = 4 * kernels.BLOCK, 200_000
+    columns, draws = 4 * RUN, 200_000
     chances = torch.rand(columns, generator=seeded(1)).square()
     chances[torch.rand(columns, generator=seeded(2)) < 0.5] = 0.0
-    chances[kernels.BLOCK : 2 * kernels.BLOCK] = 0.0  # a block without weight
+    chances[RUN : 2 * RUN] = 0.0  # a block without weight
     row = chances > 0 if weights == "bool" else chances
     found, some = kernels.draw(row[None], torch.rand(1, draws, generator=seeded(3)))
     counts = np.bincount(found[0].numpy(), minlength=columns)
@@ -101,18 +146,18 @@ class FloatSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def test_draws_with_equal_chances_add_up_no_floats() -> None:
-    allowed = torch.rand(5, 2 * kernels.BLOCK, generator=seeded(0)) < 0.3
+    allowed = torch.rand(5, 2 * RUN, generator=seeded(0)) < 0.3
     with FloatSums() as sums:  # type: ignore[no-untyped-call]
         kernels.draw(allowed, torch.rand(5, 3, generator=seeded(1)))
     assert sums.number == 0
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53, 1.0])
-@pytest.mark.parametrize("column", [0, kernels.BLOCK - 1, kernels.BLOCK, 3 * kernels.BLOCK - 1])
+@pytest.mark.parametrize("column", [0, RUN - 1, RUN, 3 * RUN - 1])
 def test_the_only_column_with_weight_is_drawn_even_at_the_ends_of_the_unit_interval(
     uniform: float, column: int
 ) -> None:
-    weights = torch.zeros(2, 3 * kernels.BLOCK)
+    weights = torch.zeros(2, 3 * RUN)
     weights[0, column] = 1e-30
     found, some = kernels.draw(weights, torch.full((2, 1), uniform, dtype=torch.float64))
     assert found[0].item() == column
@@ -144,47 +189,3 @@ def test_cutoffs_bound_the_weights_on_both_sides() -> None:
 def test_a_margin_is_measured_in_the_distance_it_belongs_to(distance: Distance, upper: float) -> None:
     assert kernels.sq_reach(torch.tensor([4.0]), 0.5, distance).item() == upper
     assert kernels.sq_reach(torch.tensor([4.0]), torch.inf, distance).item() == torch.inf
-
-
-@DTYPES
-@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
-def test_tiles_hold_every_squared_distance_once_and_infinity_where_there_is_no_negative(
-    distance: Distance, dtype: torch.dtype
-) -> None:
-    x, y = (torch.randn(n, 6, generator=seeded(n), dtype=dtype) for n in (11, 70))
-    labels, ref_labels = (torch.randint(5, (n,), generator=seeded(n)) for n in (11, 70))
-    y[3], ref_labels[3] = x[2], labels[2]
-    self_index = torch.full((11,), -1).index_fill(0, torch.tensor(2), 3)
-    batch = check_batch(x, labels, y, ref_labels, self_index)
-    identities = find_identities(batch)
-    expected = pairwise(x, y, "squared_euclidean") if distance != "cosine" else 2 * pairwise(x, y, "cosine")
-    negatives, pairs, numbers, anchors = batch.negative_mask(), [], [], []
-    for tile in kernels.tiles(batch, identities, distance, tile_rows=4):
-        assert tile.sq_negative.shape[1] == 2 * kernels.BLOCK
-        negative = negatives[tile.anchors]
-        padded = torch.nn.functional.pad(negative, (0, 2 * kernels.BLOCK - 70))
-        assert torch.equal(tile.sq_negative.isfinite(), padded)
-        torch.testing.assert_close(tile.sq_negative[padded], expected[tile.anchors][negative])
-        row, place = tile.is_positive.nonzero(as_tuple=True)
-        torch.testing.assert_close(
-            tile.sq_positive[row, place], expected[tile.anchors[row], tile.same[row, place]], atol=1e-5, rtol=1e-5
-        )
-        pairs += list(zip(tile.anchors[row].tolist(), tile.same[row, place].tolist(), strict=True))
-        numbers += tile.pair[row, place].tolist()
-        anchors += tile.anchors.tolist()
-        sizes = identities.size[tile.anchors]
-        assert tile.depths == [int((sizes > j).sum()) for j in range(int(sizes.max()))]
-        assert all((sizes[:rows] > j).all() for j, rows in enumerate(tile.depths))
-    every_pair = [tuple(pair) for pair in batch.positive_mask().nonzero().tolist()]
-    assert sorted(pairs) == every_pair
-    assert [every_pair[number] for number in numbers] == pairs
-    assert identities.size[anchors].tolist() == sorted(identities.size[anchors].tolist(), reverse=True)
-
-
-def test_tiles_leave_out_anchors_without_a_positive_or_without_a_negative() -> None:
-    x, labels = torch.randn(6, 3, generator=seeded(0)), torch.tensor([5, 5, 5, 8, 9, 9])
-    batch = check_batch(x, labels)
-    found = [tile.anchors.tolist() for tile in kernels.tiles(batch, find_identities(batch), "euclidean")]
-    assert found == [[0, 1, 2, 4, 5]]
-    alike = check_batch(x, labels * 0)
-    assert list(kernels.tiles(alike, find_identities(alike), "euclidean")) == []
