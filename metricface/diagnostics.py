@@ -4,13 +4,71 @@ Nothing here waits for the device: the values may be collected every step and re
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metricface.choices import is_number
-from metricface.distances import Distance, full_precision, paired, pairwise, unit_rows
+from metricface.distances import Distance, full_precision, paired, unit_rows
+from metricface.tuples import Pairs
+
+# In a copy of rows.
+NUMBERS_AT_ONCE = 1 << 22
+
+
+class TripletSums(NamedTuple):
+    """Of the triplets formed so far, 0-dim: how many, of what kind, and the sums of their distances. Sums add up.
+
+    triplets, active, hard, semi_hard: int64; a triplet is hard where d_an <= d_ap, active where d_an < d_ap + margin,
+    semi-hard where it is active and not hard. anchors: how many different anchors are used.
+    """
+
+    triplets: Tensor
+    active: Tensor
+    hard: Tensor
+    semi_hard: Tensor
+    d_ap: Tensor
+    d_an: Tensor
+    anchors: Tensor
+
+    def plus(self, other: "TripletSums") -> "TripletSums":
+        """Those of two sets of triplets that share no anchor."""
+        return TripletSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def statistics(self, anchors_with_positive: Tensor) -> dict[str, Tensor]:
+        """Named scalars, 0-dim, as `mining_statistics` describes them."""
+        triplets = self.triplets.to(self.d_ap.dtype)
+        return {
+            "triplets": triplets,
+            "active_share": self.active / triplets,
+            "easy_share": (self.triplets - self.active.maximum(self.hard)) / triplets,
+            "semi_hard_share": self.semi_hard / triplets,
+            "hard_share": self.hard / triplets,
+            "d_ap_mean": self.d_ap / triplets,
+            "d_an_mean": self.d_an / triplets,
+            "anchors": self.anchors.to(self.d_ap.dtype),
+            "anchor_share": self.anchors / anchors_with_positive,
+        }
+
+
+def triplet_sums(
+    d_ap: Tensor, d_an: Tensor, anchors: Tensor, *, margin: float | Literal["soft"], counted: Tensor | None = None
+) -> TripletSums:
+    """Sums over triplets given by their distances, of any one shape. anchors: 0-dim; counted: bool, those that are."""
+    if counted is None:
+        counted = torch.ones_like(d_ap, dtype=torch.bool)
+    hard = (d_an <= d_ap) & counted
+    active = (d_an < d_ap + (torch.inf if margin == "soft" else margin)) & counted
+    return TripletSums(
+        triplets=counted.sum(),
+        active=active.sum(),
+        hard=hard.sum(),
+        semi_hard=(active & ~hard).sum(),
+        d_ap=torch.where(counted, d_ap, 0.0).sum(),
+        d_an=torch.where(counted, d_an, 0.0).sum(),
+        anchors=anchors.long(),
+    )
 
 
 @torch.no_grad()
@@ -22,16 +80,20 @@ def mining_statistics(
     margin: float | Literal["soft"],
     distance: Distance,
     normalize: bool = False,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Statistics of the triplets that a miner formed in a batch (without separate references).
+    """Statistics of the triplets that a miner formed.
 
     embeddings: (B, D); labels: (B,); triplets: three (T,) index tensors. margin, distance, normalize: as in
-    the loss, so that "active" means what it means there; with "soft" every triplet is active.
+    the loss, so that "active" means what it means there; with "soft" every triplet is active. ref_emb (R, D),
+    ref_labels (R,): what positives and negatives index, the batch itself if left out.
 
     Returns, all 0-dim: `triplets` (T); `hard_share` (d_an <= d_ap), `semi_hard_share` (d_ap < d_an < d_ap + margin) and
     `easy_share` (the rest), which add up to 1; `active_share` (d_an < d_ap + margin), the first two together unless the
     margin is 0, where ties are hard but not active; `d_ap_mean` and `d_an_mean`; `anchors`, how many different anchors
-    are used, and `anchor_share`, their share of the rows that have another row of their identity. With T = 0 shares
+    are used, and `anchor_share`, their share of the rows that have another row of their identity (with ref_emb: any
+    reference of it). With T = 0 shares
     and means of triplets are NaN, as is `anchor_share` where no row has a partner. Raises ValueError for an unknown
     distance and for a margin that is neither a number nor "soft".
     """
@@ -39,23 +101,41 @@ def mining_statistics(
         raise ValueError(f"margin must be a number or the word 'soft'; got {margin!r}.")
     labels = labels.to(embeddings.device)  # maybe straight from a loader
     anchor, positive, negative = triplets
-    rows = unit_rows(embeddings) if normalize else full_precision(embeddings)
-    d_ap, d_an = _distances(rows, anchor, positive, distance), _distances(rows, anchor, negative, distance)
-    window = torch.inf if margin == "soft" else margin
-    hard = d_an <= d_ap
-    active = d_an < d_ap + window
+    prepare = unit_rows if normalize else full_precision
+    rows = prepare(embeddings)
+    others = rows if ref_emb is None else prepare(ref_emb)
+    d_ap, d_an = (_distances(rows, others, anchor, other, distance) for other in (positive, negative))
     used = torch.zeros(len(labels), device=labels.device).index_fill_(0, anchor, 1.0)
-    anchors = used.sum()
+    partners = _with_partner(labels) if ref_labels is None else torch.isin(labels, ref_labels.to(labels.device)).sum()
+    return triplet_sums(d_ap, d_an, used.sum(), margin=margin).statistics(partners)
+
+
+@torch.no_grad()
+def pair_statistics(
+    embeddings: Tensor,
+    pairs: Pairs,
+    *,
+    distance: Distance,
+    normalize: bool = False,
+    ref_emb: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of the pairs that a miner chose.
+
+    embeddings: (B, D); ref_emb: (R, D), the batch itself if left out. Returns, all 0-dim: `positive_pairs` and
+    `negative_pairs`, how many; `d_ap_mean` and `d_an_mean`, NaN of none; `anchors`, how many different ones are used.
+    Raises ValueError for an unknown distance.
+    """
+    prepare = unit_rows if normalize else full_precision
+    rows = prepare(embeddings)
+    others = rows if ref_emb is None else prepare(ref_emb)
+    used = torch.zeros(len(rows), device=rows.device)
+    used.index_fill_(0, pairs.positive_anchor, 1.0).index_fill_(0, pairs.negative_anchor, 1.0)
     return {
-        "triplets": rows.new_full((), len(anchor)),
-        "active_share": active.float().mean(),
-        "easy_share": (~active & ~hard).float().mean(),
-        "semi_hard_share": (active & ~hard).float().mean(),
-        "hard_share": hard.float().mean(),
-        "d_ap_mean": d_ap.mean(),
-        "d_an_mean": d_an.mean(),
-        "anchors": anchors,
-        "anchor_share": anchors / _with_partner(labels),
+        "positive_pairs": rows.new_full((), len(pairs.positive)),
+        "negative_pairs": rows.new_full((), len(pairs.negative)),
+        "d_ap_mean": _distances(rows, others, pairs.positive_anchor, pairs.positive, distance).mean(),
+        "d_an_mean": _distances(rows, others, pairs.negative_anchor, pairs.negative, distance).mean(),
+        "anchors": used.sum(),
     }
 
 
@@ -90,11 +170,14 @@ def embedding_statistics(embeddings: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _distances(rows: Tensor, anchor: Tensor, other: Tensor, distance: Distance) -> Tensor:
-    """(T,) distances; from all (B, B) of them where that is smaller than copying 2 T rows."""
-    if len(anchor) * rows.shape[1] > max(1 << 24, len(rows) ** 2):
-        return pairwise(rows, rows, distance)[anchor, other]
-    return paired(rows[anchor], rows[other], distance)
+def _distances(rows: Tensor, others: Tensor, anchor: Tensor, other: Tensor, distance: Distance) -> Tensor:
+    """(T,) distances, a slice at a time: copies of 2 T rows may be large."""
+    size = max(1, NUMBERS_AT_ONCE // max(1, rows.shape[1]))
+    parts = [
+        paired(rows[anchor[some]], others[other[some]], distance)
+        for some in (slice(start, start + size) for start in range(0, max(1, len(anchor)), size))
+    ]
+    return torch.cat(parts)
 
 
 def _with_partner(labels: Tensor) -> Tensor:

@@ -38,18 +38,6 @@ class Batch(NamedTuple):
     ref_labels: Tensor  # (R,)
     self_index: Tensor  # (B,)
 
-    def positive_mask(self, rows: slice = slice(None)) -> Tensor:
-        """(b, R) bool: same identity, and not the anchor itself; for the anchors in `rows`."""
-        same = self.labels[rows, None] == self.ref_labels[None, :]  # (b, 1) == (1, R)
-        itself = self.self_index[rows]
-        has_self = itself >= 0
-        same[has_self.nonzero()[:, 0], itself[has_self]] = False
-        return same
-
-    def negative_mask(self, rows: slice = slice(None)) -> Tensor:
-        """(b, R) bool: different identity; for the anchors in `rows`."""
-        return self.labels[rows, None] != self.ref_labels[None, :]
-
 
 def check_batch(
     embeddings: Tensor,
@@ -171,7 +159,7 @@ def _check_self_index(self_index: Tensor, labels: Tensor, ref_labels: Tensor) ->
         )
     self_index = self_index.long()
     listed = (self_index >= 0).nonzero()[:, 0]
-    wrong = listed[labels[listed] != ref_labels[self_index[listed]]]
+    wrong = listed[labels[listed].long() != ref_labels[self_index[listed]].long()]
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(

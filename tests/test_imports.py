@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metricface.identities": {"metricface.tuples"},
     "metricface.diagnostics": FLOOR_0,
     "metricface.miners": FLOOR_0 | {"metricface.miners"},
-    "metricface.losses": FLOOR_0 | {"metricface.losses"},
+    "metricface.losses": FLOOR_0 | {"metricface.diagnostics", "metricface.losses", "metricface.miners"},
     "metricface.heads": FLOOR_0 | {"metricface.heads"},
     "metricface.models": {"metricface.models"},
     "metricface.models.embedder": {"metricface.atomic", "metricface.models", "metricface.distances"} | DATA,

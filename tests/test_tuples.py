@@ -16,9 +16,21 @@ def rows(*indices: Tensor) -> list[tuple[int, ...]]:
     return sorted(zip(*(index.tolist() for index in indices), strict=True))
 
 
+def is_positive(batch: Batch) -> Tensor:
+    """(B, R): of one identity, without the anchor itself."""
+    return (batch.labels[:, None] == batch.ref_labels) & (
+        torch.arange(len(batch.ref_labels)) != batch.self_index[:, None]
+    )
+
+
+def is_negative(batch: Batch) -> Tensor:
+    """(B, R): of two identities."""
+    return batch.labels[:, None] != batch.ref_labels
+
+
 def all_pairs(batch: Batch) -> Pairs:
     """Every ordered pair: of one identity (without the anchor itself), and of two."""
-    positive, negative = batch.positive_mask().nonzero(), batch.negative_mask().nonzero()
+    positive, negative = is_positive(batch).nonzero(), is_negative(batch).nonzero()
     return Pairs(positive[:, 0], positive[:, 1], negative[:, 0], negative[:, 1])
 
 
@@ -26,22 +38,13 @@ def test_a_batch_without_references_is_its_own_reference_and_every_anchor_knows_
     batch = check_batch(EMB, LABELS)
     assert batch.ref_emb is batch.embeddings
     assert batch.self_index.tolist() == [0, 1, 2, 3, 4]
-    assert batch.positive_mask().nonzero().tolist() == [[0, 1], [1, 0], [2, 3], [3, 2]]
-    assert batch.negative_mask().sum() == 5 * 5 - 4 - 5
 
 
 def test_separate_references_hold_no_anchor_unless_self_index_says_so() -> None:
     batch = check_batch(EMB, LABELS, EMB.clone(), LABELS.clone())
-    assert batch.positive_mask().diagonal().all()
+    assert batch.self_index.tolist() == [-1] * 5
     told = check_batch(EMB, LABELS, EMB.clone(), LABELS.clone(), torch.tensor([0, 1, -1, 3, 4]))
-    assert told.positive_mask().diagonal().tolist() == [False, False, True, False, False]
-
-
-def test_masks_of_some_anchors_are_rows_of_the_whole_masks() -> None:
-    batch = check_batch(EMB, LABELS, torch.eye(5)[:4], torch.tensor([9, 7, 3, 3]), torch.tensor([2, 3, -1, 1, 0]))
-    for mask in (batch.positive_mask, batch.negative_mask):
-        assert torch.equal(torch.cat([mask(slice(0, 2)), mask(slice(2, 5))]), mask())
-        assert mask(slice(5, 9)).shape == (0, 4)
+    assert told.self_index.tolist() == [0, 1, -1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_masks_of_some_anchors_are_rows_of_the_whole_masks() -> None:
 )
 def test_labels_of_any_integer_type_and_value_are_told_apart(labels: Tensor) -> None:
     for batch in (check_batch(torch.eye(4), labels), check_batch(torch.eye(4), labels, torch.eye(4), labels.long())):
-        assert batch.negative_mask().sum() == 10
+        assert is_negative(batch).sum() == 10
     assert all_pairs(check_batch(torch.eye(4), labels)).positive.tolist() == [1, 0]
 
 
@@ -184,6 +187,7 @@ def test_what_does_not_fit_together_is_an_error_that_says_what_was_found(change:
 
 
 def test_empty_batches_and_empty_references_are_allowed() -> None:
-    assert check_batch(EMB[:0], LABELS[:0]).positive_mask().shape == (0, 0)
+    assert check_batch(EMB[:0], LABELS[:0]).self_index.shape == (0,)
     batch = check_batch(EMB, LABELS, EMB[:0], LABELS[:0])
-    assert batch.positive_mask().shape == batch.negative_mask().shape == (5, 0)
+    assert batch.ref_labels.shape == (0,)
+    assert batch.self_index.tolist() == [-1] * 5

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from metricface.choices import check_choice, is_number
-from metricface.losses.gathering import distance_matrix, distances_of
+from metricface.identities import find_identities
+from metricface.losses.every_pair import every_contrastive_pair
+from metricface.losses.gathering import distances_of
 from metricface.losses.reduction import mean_over
-from metricface.losses.streaming import Sum, anchor_chunks, streamed
-from metricface.tuples import Batch, as_pairs, check_batch
+from metricface.tuples import as_pairs, check_batch
 
 ContrastiveReduction = Literal["mean", "sum"]
 
@@ -69,25 +70,16 @@ class ContrastiveLoss(nn.Module):
         """
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
         if indices_tuple is None:
-            total, number = self._every_pair(batch)
+            total, sums = every_contrastive_pair(batch, find_identities(batch), margin=self.margin)
+            number = sums.positives + sums.negatives
         else:
             pairs = as_pairs(indices_tuple, batch.labels, batch.ref_labels)
             anchors = torch.cat([pairs.positive_anchor, pairs.negative_anchor])
             references = torch.cat([pairs.positive, pairs.negative])
             same = torch.arange(len(anchors), device=anchors.device) < len(pairs.positive)
             losses = contrastive(distances_of(batch, anchors, references, "euclidean"), same, margin=self.margin)
-            total, number = Sum(losses.sum(), losses.new_full((), len(losses), dtype=torch.long))
+            total, number = losses.sum(), losses.new_full((), len(losses), dtype=torch.long)
         return total if self.reduction == "sum" else mean_over(total, number)
-
-    def _every_pair(self, batch: Batch) -> Sum:
-        def contribution(rows: slice, embeddings: Tensor, ref_emb: Tensor) -> Sum:
-            same = batch.positive_mask(rows)  # (b, R)
-            counted = same | batch.negative_mask(rows)  # all but the anchor itself
-            dist = distance_matrix(embeddings[rows], ref_emb, "euclidean")
-            losses = contrastive(dist, same, margin=self.margin).masked_fill(~counted, 0.0)
-            return Sum(losses.sum(), counted.sum())
-
-        return streamed(contribution, anchor_chunks(batch), batch.embeddings, batch.ref_emb)
 
     def extra_repr(self) -> str:
         """Shown by print(loss)."""

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from metricface.choices import is_count, is_number
-from metricface.losses.gathering import distance_matrix, distances_of
+from metricface.identities import find_identities
+from metricface.losses.every_pair import every_margin_based_pair
+from metricface.losses.gathering import distances_of
 from metricface.losses.reduction import mean_over
-from metricface.losses.streaming import Sum, anchor_chunks, streamed
 from metricface.tuples import Batch, Triplets, as_triplets, check_batch
 
 
@@ -90,7 +91,12 @@ class MarginBasedLoss(nn.Module):
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=True)
         beta = self._beta_of(batch.labels).to(batch.embeddings.dtype)  # (B,)
         if indices_tuple is None:
-            return mean_over(*self._every_triplet(batch, beta))
+            identities = find_identities(batch)
+            # A positive pair is in one triplet for each negative of its anchor, a negative pair the reverse.
+            total, sums = every_margin_based_pair(
+                batch, identities, beta, identities.negatives, identities.positives, alpha=self.alpha, nu=self.nu
+            )
+            return mean_over(total, sums.active_positives + sums.active_negatives)
         return mean_over(*self._given(batch, beta, as_triplets(indices_tuple, batch.labels, batch.ref_labels)))
 
     def _beta_of(self, labels: Tensor) -> Tensor:
@@ -103,28 +109,14 @@ class MarginBasedLoss(nn.Module):
             )
         return self.beta.index_select(0, labels.long())
 
-    def _given(self, batch: Batch, beta: Tensor, triplets: Triplets) -> Sum:
+    def _given(self, batch: Batch, beta: Tensor, triplets: Triplets) -> tuple[Tensor, Tensor]:
+        """The sum of losses, and how many pairs have one."""
         beta = beta.index_select(0, triplets.anchor)  # (T,)
         d_ap = distances_of(batch, triplets.anchor, triplets.positive, "euclidean")
         d_an = distances_of(batch, triplets.anchor, triplets.negative, "euclidean")
         pos, neg = margin_based(d_ap, d_an, beta, alpha=self.alpha)
         # Two sums and not (pos > 0) + (neg > 0), which on booleans is "or" and counts such a triplet once.
-        return Sum(pos.sum() + neg.sum() + self.nu * beta.sum(), (pos > 0).sum() + (neg > 0).sum())
-
-    def _every_triplet(self, batch: Batch, beta: Tensor) -> Sum:
-        """Without a triplet: a positive pair is in one for each negative of its anchor, a negative pair the reverse."""
-
-        def contribution(rows: slice, embeddings: Tensor, ref_emb: Tensor, beta: Tensor) -> Sum:
-            positive, negative = batch.positive_mask(rows), batch.negative_mask(rows)  # (b, R)
-            positives, negatives = positive.sum(dim=1), negative.sum(dim=1)  # (b,)
-            dist = distance_matrix(embeddings[rows], ref_emb, "euclidean")
-            pos, neg = margin_based(dist, dist, beta[rows, None], alpha=self.alpha)  # (b, R), (b, 1)
-            pos, neg = pos.masked_fill(~positive, 0.0), neg.masked_fill(~negative, 0.0)
-            total = (pos.sum(dim=1) * negatives + neg.sum(dim=1) * positives).sum()
-            active = ((pos > 0).sum(dim=1) * negatives + (neg > 0).sum(dim=1) * positives).sum()
-            return Sum(total + self.nu * (beta[rows] * positives * negatives).sum(), active)
-
-        return streamed(contribution, anchor_chunks(batch), batch.embeddings, batch.ref_emb, beta)
+        return pos.sum() + neg.sum() + self.nu * beta.sum(), (pos > 0).sum() + (neg > 0).sum()
 
     def extra_repr(self) -> str:
         """Shown by print(loss)."""

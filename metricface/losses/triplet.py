@@ -9,15 +9,16 @@ from torch.nn import functional as F
 
 from metricface.choices import check_choice, is_number
 from metricface.distances import Distance
+from metricface.identities import find_identities
+from metricface.losses.every_triplet import Margin, every_triplet
 from metricface.losses.gathering import distances_of
 from metricface.losses.reduction import mean_over
-from metricface.losses.streaming import TripletSums, every_triplet
 from metricface.tuples import Batch, as_triplets, check_batch
 
 TripletReduction = Literal["mean", "active", "sum"]
 
 
-def triplet(d_ap: Tensor, d_an: Tensor, *, margin: float | Literal["soft"]) -> Tensor:
+def triplet(d_ap: Tensor, d_an: Tensor, *, margin: Margin) -> Tensor:
     """Triplet loss of each triplet, unreduced.
 
     d_ap, d_an: distances of the anchor to its positive and to its negative, of shapes that broadcast.
@@ -43,7 +44,7 @@ class TripletLoss(nn.Module):
 
     def __init__(
         self,
-        margin: float | Literal["soft"] = 0.2,
+        margin: Margin = 0.2,
         *,
         squared: bool = True,
         normalize: bool = True,
@@ -82,24 +83,22 @@ class TripletLoss(nn.Module):
         """
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
         if indices_tuple is None:
-            sums = every_triplet(batch, self.distance, self._loss)
-        else:
-            sums = self._given(batch, as_triplets(indices_tuple, batch.labels, batch.ref_labels))
+            total, sums = every_triplet(batch, find_identities(batch), margin=self.margin, squared=self.squared)
+            return self._reduced(total, sums.active, sums.triplets)
+        losses = self._given(batch, as_triplets(indices_tuple, batch.labels, batch.ref_labels))
+        return self._reduced(losses.sum(), (losses > 0).sum(), losses.new_full((), len(losses), dtype=torch.long))
+
+    def _reduced(self, total: Tensor, active: Tensor, triplets: Tensor) -> Tensor:
         if self.reduction == "sum":
-            return sums.total
+            return total
         # A softplus far below 0 rounds to 0 and is no less active for that.
-        only_active = self.reduction == "active" and self.margin != "soft"
-        return mean_over(sums.total, sums.active if only_active else sums.triplets)
+        return mean_over(total, active if self.reduction == "active" and self.margin != "soft" else triplets)
 
-    def _loss(self, d_ap: Tensor, d_an: Tensor) -> Tensor:
-        return triplet(d_ap, d_an, margin=self.margin)
-
-    def _given(self, batch: Batch, triplets: Sequence[Tensor]) -> TripletSums:
+    def _given(self, batch: Batch, triplets: Sequence[Tensor]) -> Tensor:
         anchor, positive, negative = triplets
         d_ap = distances_of(batch, anchor, positive, self.distance)  # (T,)
         d_an = distances_of(batch, anchor, negative, self.distance)  # (T,)
-        losses = self._loss(d_ap, d_an)
-        return TripletSums(losses.sum(), (losses > 0).sum(), losses.new_full((), len(losses), dtype=torch.long))
+        return triplet(d_ap, d_an, margin=self.margin)
 
     def extra_repr(self) -> str:
         """Shown by print(loss)."""

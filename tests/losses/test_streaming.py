@@ -1,4 +1,4 @@
-"""Every pair and triplet without a list of them: the same in any chunks, and small."""
+"""Every pair and triplet without a list of them: the same in any blocks, and small."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metricface.identities import find_identities
 from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss, streaming
-from metricface.losses.streaming import Sum, streamed
+from metricface.losses.every_triplet import every_triplet
+from metricface.losses.streaming import Gradients, Totals, streamed
+from metricface.miners import tiles
+from metricface.tuples import Batch, check_batch
 
 LOSSES: list[Callable[[], nn.Module]] = [
     ContrastiveLoss,
@@ -36,12 +40,13 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @EVERY_LOSS
-def test_the_size_of_chunks_changes_nothing(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = torch.randint(0, 8, (30,), generator=torch.Generator().manual_seed(7))
+def test_the_size_of_blocks_changes_nothing(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.randint(0, 8, (300,), generator=torch.Generator().manual_seed(7))
     values, grads = [], []
-    for numbers in (1 << 21, 200, 60):
-        monkeypatch.setattr(streaming, "CHUNK_NUMBERS", numbers)
-        x = torch.randn(30, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64).requires_grad_()
+    for numbers in (1 << 19, 64 * 64, 64):
+        monkeypatch.setattr(tiles, "CPU_BLOCK", numbers)
+        monkeypatch.setattr(tiles, "CPU_ROWS", max(1, numbers // 64))
+        x = torch.randn(300, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64).requires_grad_()
         value = make().double()(x, labels)
         (3 * value).backward()
         values.append(value.item())
@@ -53,15 +58,18 @@ def test_the_size_of_chunks_changes_nothing(make: Callable[[], nn.Module], monke
 
 
 @EVERY_LOSS
-def test_no_tensor_outgrows_a_chunk_however_many_triplets_there_are(
+def test_no_tensor_outgrows_a_block_however_many_triplets_there_are(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "CHUNK_NUMBERS", 10_000)
-    size, images = 256, 32  # 65 thousand pairs, 1.8 million triplets
+    monkeypatch.setattr(tiles, "CPU_BLOCK", 64 * 64)
+    monkeypatch.setattr(tiles, "CPU_ROWS", 64)
+    monkeypatch.setattr(tiles, "ROW_NUMBERS", 64 * 64)
+    monkeypatch.setattr(streaming, "ROW_NUMBERS", 64 * 64)
+    size, images = 256, 32  # 8 thousand pairs, 1.8 million triplets
     x = torch.randn(size, 16, generator=torch.Generator().manual_seed(9)).requires_grad_()
     with LargestTensor() as largest:
         make()(x, torch.arange(size) // images).backward()
-    assert largest.numbers <= 10_000
+    assert largest.numbers <= max(64 * 64, size * (16 + 2))
 
 
 @EVERY_LOSS
@@ -74,26 +82,39 @@ def test_evaluation_without_gradients_works(make: Callable[[], nn.Module]) -> No
     assert value.item() == loss(x.requires_grad_(), labels).item()
 
 
+def small_batch(**settings: bool) -> Batch:
+    rows = [torch.randn(6, 3, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    x, y = (row.requires_grad_(settings.get(name, False)) for row, name in zip(rows, ("x", "y"), strict=True))
+    return check_batch(x, torch.arange(6) // 2, y, torch.arange(6) // 2)
+
+
 def test_no_gradient_is_computed_where_none_can_be_asked_for() -> None:
-    def contribution(_: int, x: Tensor) -> Sum:
-        assert not x.requires_grad
-        return Sum(x.sum(), torch.tensor(1))
+    asked = []
 
+    def run(gradients: Gradients) -> Totals:
+        asked.append((gradients.wanted, gradients.result()))
+        return Totals(torch.tensor(3.0), None, "found")
+
+    batch = small_batch(x=True, y=True)
     with torch.no_grad():
-        assert streamed(contribution, [0], torch.ones(3).requires_grad_()).total.item() == 3
+        total, found = streamed(batch, run, squared=True)
+    assert (total.item(), found) == (3.0, "found")
+    assert asked == [((False, False), (None, None))]
 
 
-def test_only_the_inputs_that_ask_for_a_gradient_get_one() -> None:
-    x = torch.arange(3.0).requires_grad_()
-    fixed = torch.ones(3)
+@pytest.mark.parametrize("wanted", ["x", "y"])
+def test_only_the_inputs_that_ask_for_a_gradient_get_one(wanted: str) -> None:
+    batch = small_batch(**{wanted: True})
+    every_triplet(batch, find_identities(batch), margin=0.2, squared=True)[0].backward()  # type: ignore[no-untyped-call]
+    grads = {"x": batch.embeddings.grad, "y": batch.ref_emb.grad}
+    found = grads.pop(wanted)
+    assert found is not None
+    assert found.abs().sum() > 0
+    assert list(grads.values()) == [None]
 
-    def contribution(chunk: int, x: Tensor, fixed: Tensor) -> Sum:
-        assert not fixed.requires_grad
-        return Sum((chunk * x * fixed).sum(), torch.tensor(1))
 
-    total, number = streamed(contribution, [1, 2], x, fixed)
-    total.backward()  # type: ignore[no-untyped-call]
-    assert (total.item(), number.item()) == (9.0, 2)
-    assert x.grad is not None
-    assert x.grad.tolist() == [3.0, 3.0, 3.0]
-    assert fixed.grad is None
+def test_a_second_derivative_is_an_error_and_not_silently_wrong() -> None:
+    batch = small_batch(x=True)
+    total, _ = every_triplet(batch, find_identities(batch), margin="soft", squared=True)
+    with pytest.raises(RuntimeError, match="differentiated only once"):
+        torch.autograd.grad(total, batch.embeddings, create_graph=True)
