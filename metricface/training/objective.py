@@ -1,14 +1,15 @@
 """What a stage minimises: a head, or a loss on mined tuples. Embeddings in, one scalar and named figures out."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from metricface.diagnostics import mining_statistics
+from metricface.diagnostics import mining_statistics, pair_statistics
 from metricface.distances import Distance
 from metricface.miners import RandomMiner
-from metricface.tuples import Triplets, as_triplets
+from metricface.tuples import Pairs
 
 SHARES = ("active_share", "easy_share", "semi_hard_share", "hard_share")
 
@@ -54,21 +55,26 @@ class MinedObjective(nn.Module):
         self.margin = margin
         self.distance = distance
         self.normalize = normalize
-        self._mined: Triplets | None = None
+        self._mined: Sequence[Tensor] | None = None
         # Where nothing is mined, d_ap and d_an are shown of random triplets, drawn without touching training's draws.
         self._sampler = RandomMiner(generator=torch.Generator().manual_seed(0))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of the mined tuples: embeddings (B, D), labels (B,), scalar; 0 where nothing was mined."""
-        mined = None if self.miner is None else self.miner(embeddings.detach(), labels)
-        self._mined = None if mined is None else as_triplets(mined, labels)
-        loss: Tensor = self.loss(embeddings, labels, mined)
+        self._mined = None if self.miner is None else self.miner(embeddings.detach(), labels)
+        loss: Tensor = self.loss(embeddings, labels, self._mined)
         return loss
 
     @torch.no_grad()
     def statistics(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What mining offered in the batch that `forward` saw last; without a miner, a sample of its triplets."""
+        """What mining offered in the batch that `forward` saw last; where nothing mined, a sample of its triplets."""
         rows = embeddings.detach()
+        seen: dict[str, Tensor] | None = getattr(self.loss, "last", None)
+        if seen is not None:  # a loss that mines for itself
+            return {f"mining/{name}": value for name, value in seen.items()}
+        if self._mined is not None and len(self._mined) == 4:
+            pairs = pair_statistics(rows, Pairs(*self._mined), distance=self.distance, normalize=self.normalize)
+            return {f"mining/{name}": value for name, value in pairs.items()}
         found = mining_statistics(
             rows,
             labels,

@@ -3,7 +3,8 @@ import torch
 
 from metricface.heads import Softmax
 from metricface.losses import ContrastiveLoss, TripletLoss
-from metricface.miners import BatchHardMiner
+from metricface.losses.mined import BatchHardTripletLoss
+from metricface.miners import BatchHardMiner, PairMarginMiner
 from metricface.training.objective import HeadObjective, MinedObjective
 
 
@@ -51,6 +52,33 @@ def test_statistics_are_of_the_triplets_that_were_mined() -> None:
     expected = (unit[anchor] - unit[positive]).square().sum(dim=1).mean()
     assert found["mining/triplets"] == 12
     assert found["mining/d_ap_mean"].item() == pytest.approx(expected.item())
+
+
+def test_statistics_of_a_loss_that_mines_for_itself_are_what_it_saw() -> None:
+    embeddings, labels = batch()
+    by_itself = MinedObjective(
+        BatchHardTripletLoss(0.2), None, margin=0.2, distance="squared_euclidean", normalize=True
+    )
+    with_miner = mined(BatchHardMiner())
+    assert by_itself(embeddings, labels).item() == pytest.approx(with_miner(embeddings, labels).item())
+    found, expected = by_itself.statistics(embeddings, labels), with_miner.statistics(embeddings, labels)
+    assert expected.keys() < found.keys()
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_statistics_of_mined_pairs_are_of_pairs_and_never_of_all_triplets_that_they_could_form() -> None:
+    embeddings, labels = batch()
+    objective = MinedObjective(
+        ContrastiveLoss(), PairMarginMiner(0.1, 1.5), margin=None, distance="euclidean", normalize=True
+    )
+    objective(embeddings, labels)
+    found = objective.statistics(embeddings, labels)
+    pairs = PairMarginMiner(0.1, 1.5)(embeddings, labels)
+    assert int(found["mining/positive_pairs"]) == len(pairs.positive) > 0
+    assert int(found["mining/negative_pairs"]) == len(pairs.negative) > 0
+    assert 0.1 < found["mining/d_ap_mean"] < 2
+    assert found["mining/d_an_mean"] < 1.5
 
 
 def test_a_batch_without_positives_gives_loss_zero_and_no_gradient() -> None:
