@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 
 Recipe = dict[str, Any]
+SOFTMAX = {"name": "Softmax"}
+COSFACE = {"name": "CosFace", "options": {"margin_cos": 0.35, "scale": 30.0}}
 FIGURES = ("recall_at_1", "map_at_r", "tar_at_far_1e-2", "tar_at_far_1e-3", "accuracy")
 
 
@@ -32,10 +34,11 @@ def only(head: dict[str, Any]) -> Callable[[Recipe], None]:
     return change
 
 
-def then(miner: str) -> Callable[[Recipe], None]:
-    """The recipe's stages, the last one with this miner and its own loss."""
+def then(miner: str, head: dict[str, Any] = SOFTMAX) -> Callable[[Recipe], None]:
+    """The recipe's stages, the first one with this head, the last one with this miner and its own loss."""
 
     def change(recipe: Recipe) -> None:
+        recipe["stages"][0]["head"] = head
         last = recipe["stages"][-1]
         if last.get("miner", {}).get("name") != miner:
             last["miner"] = {"name": miner}
@@ -44,12 +47,13 @@ def then(miner: str) -> Callable[[Recipe], None]:
 
 
 VARIANTS: dict[str, Callable[[Recipe], None]] = {
-    "softmax": only({"name": "Softmax"}),
-    "cosface": only({"name": "CosFace", "options": {"margin_cos": 0.35, "scale": 30.0}}),
+    "softmax": only(SOFTMAX),
+    "cosface": only(COSFACE),
     "semi_hard": then("SemiHardMiner"),
     "batch_hard": then("BatchHardMiner"),
     "distance_weighted": then("DistanceWeightedMiner"),
     "random": then("RandomMiner"),
+    "cosface_distance_weighted": then("DistanceWeightedMiner", COSFACE),
 }
 
 
