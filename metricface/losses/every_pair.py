@@ -71,7 +71,7 @@ def _contrastive(gradients: Gradients, tile: Tile, margin: float) -> _Part:
         active = short.sign_().sum(dim=1).long().sum()
         sums = sums._replace(d_an=sums.d_an + d_an, active_negatives=sums.active_negatives + active)
     d_ap = torch.where(tile.is_positive, gradients.distances(tile.sq_positive), 0.0)  # (b, M)
-    gradients.add_pairs(tile, tile.same, d_ap, d_ap)
+    gradients.add_pairs(tile, tile.positive, d_ap, d_ap)
     total = total + 0.5 * d_ap.square().double().sum()
     sums = sums._replace(d_ap=d_ap.double().sum(), active_positives=(d_ap > 0).sum())
     return _Part(total, sums)
@@ -133,7 +133,7 @@ def _margin_based(
     d_ap = torch.where(tile.is_positive, gradients.distances(tile.sq_positive), 0.0)  # (b, M)
     over = torch.where(tile.is_positive, alpha + d_ap - beta[:, None], 0.0).clamp_min(0.0)
     counts = (over > 0) * of_positive[:, None]  # (b, M) int64
-    gradients.add_pairs(tile, tile.same, d_ap, counts.to(d_ap.dtype))
+    gradients.add_pairs(tile, tile.positive, d_ap, counts.to(d_ap.dtype))
     total = total + (over.sum(dim=1).double() * of_positive).sum()
     sums = sums._replace(d_ap=d_ap.double().sum(), active_positives=counts.sum())
     return _Part(total, sums, by_beta - counts.sum(dim=1))

@@ -24,15 +24,10 @@ def every_triplet(
     """
 
     def run(gradients: Gradients) -> Totals:
-        parts = [
-            _of_tile(gradients, tile, identities.negatives[tile.anchors], margin)
-            for tile in tiles(batch, identities, "euclidean", tile_rows=tile_rows)
-        ]
-        none = batch.embeddings.new_zeros((), dtype=torch.float64)
-        total = sum((part[0] for part in parts), none)
-        sums = nothing(batch)
-        for part in parts:
-            sums = sums.plus(part[1])
+        total, sums = batch.embeddings.new_zeros((), dtype=torch.float64), nothing(batch)
+        for tile in tiles(batch, identities, "euclidean", tile_rows=tile_rows):
+            part, seen = _of_tile(gradients, tile, identities.negatives[tile.anchors], margin)
+            total, sums = total + part, sums.plus(seen)
         return Totals(total, None, sums)
 
     return streamed(batch, run, squared=squared)
@@ -62,7 +57,7 @@ def _of_tile(gradients: Gradients, tile: Tile, negatives: Tensor, margin: Margin
             losses[place] += loss
             by_d_ap[place] += slope
             hard[place] += torch.le(block.dist[:rows], as_far[place][:, None], out=block.work[:rows]).sum(dim=1)
-    gradients.add_pairs(tile, tile.same, d_ap, by_d_ap)
+    gradients.add_pairs(tile, tile.positive, d_ap, by_d_ap)
     formed = tile.is_positive * negatives[:, None]  # (b, M) triplets of each pair
     active = formed if margin == "soft" else by_d_ap.long()  # a hinge's derivative counts
     hard = hard.long()

@@ -9,6 +9,8 @@ from metricface.tuples import Batch
 
 # Row copies up to this many numbers (64 MB in float32) are made without looking for something smaller.
 SMALL = 1 << 24
+# Distances of a few anchors that are held at a time where row copies are larger.
+TILE_NUMBERS = 1 << 21
 # Numbers in a row copy of pairs that are too close together for a matrix product.
 CLOSE_NUMBERS = 1 << 21
 
@@ -19,11 +21,30 @@ def distances_of(batch: Batch, anchors: Tensor, references: Tensor, distance: Di
     Identical rows are at distance exactly 0, with gradient 0. T may be 0: the result still belongs to the graph.
     """
     num_anchors, dim = batch.embeddings.shape
-    # Batch-all tuples name each pair many times: two (T, D) copies would then be larger than all (B, R) distances.
+    # A tuple of every triplet names each pair many times: two (T, D) copies would then be larger than all distances.
     if len(anchors) * dim > max(SMALL, num_anchors * len(batch.ref_emb)):
-        return distance_matrix(batch.embeddings, batch.ref_emb, distance)[anchors, references]
+        return _from_tiles(batch, anchors, references, distance)
     # index_select and not [...]: its backward pass is index_add, several times faster on a CPU than index_put.
     return paired(batch.embeddings.index_select(0, anchors), batch.ref_emb.index_select(0, references), distance)
+
+
+def _from_tiles(batch: Batch, anchors: Tensor, references: Tensor, distance: Distance) -> Tensor:
+    """(T,) distances, picked from all those of a few anchors at a time, which are made once more for the gradient."""
+
+    def part(x: Tensor, y: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return distance_matrix(x, y, distance)[row, column]
+
+    order = anchors.argsort(stable=True)
+    ordered, columns = anchors[order], references[order]
+    size = max(1, TILE_NUMBERS // len(batch.ref_emb))
+    starts = range(0, len(batch.embeddings), size)
+    ends = torch.searchsorted(ordered, torch.tensor([*starts[1:], len(batch.embeddings)], device=ordered.device))
+    parts, begin = [], 0
+    for start, end in zip(starts, ends.tolist(), strict=True):
+        row, column, x = ordered[begin:end] - start, columns[begin:end], batch.embeddings[start : start + size]
+        parts.append(checkpoint(part, x, batch.ref_emb, row, column, use_reentrant=False, preserve_rng_state=False))
+        begin = end
+    return torch.cat(parts)[order.argsort()]
 
 
 def distance_matrix(x: Tensor, y: Tensor, distance: Distance) -> Tensor:

@@ -133,7 +133,7 @@ class _ChoosingTripletLoss(_MinedTripletLoss):
         d_an = gradients.distances(tile.sq_distances(negative))
         losses = triplet(d_ap, d_an, margin=self.margin) * counted
         slope = counted * (torch.sigmoid(d_ap - d_an) if self.margin == "soft" else (losses > 0).to(d_ap.dtype))
-        gradients.add_pairs(tile, tile.same.gather(1, place), d_ap, slope)
+        gradients.add_pairs(tile, tile.positive.gather(1, place), d_ap, slope)
         gradients.add_pairs(tile, negative, d_an, -slope)
         sums = triplet_sums(d_ap, d_an, counted.any(dim=1).sum(), margin=self.margin, counted=counted)
         sums = sums._replace(d_ap=sums.d_ap.double(), d_an=sums.d_an.double())
@@ -204,7 +204,7 @@ class SemiHardTripletLoss(_ChoosingTripletLoss):
             state.see(block)
             if instead is not None:
                 instead.see(block)
-        place = torch.arange(tile.same.shape[1], device=tile.same.device).expand_as(tile.same)
+        place = torch.arange(tile.positive.shape[1], device=tile.positive.device).expand_as(tile.positive)
         if instead is None:
             return _Choice(place, state.column, tile.is_positive & state.found)
         return _Choice(place, torch.where(state.found, state.column, instead.column[:, None]), tile.is_positive)

@@ -194,7 +194,7 @@ def for_each_pair(batch: Batch, identities: Identities, generator: torch.Generat
 def picked(tile: Tile, negative: Tensor, wanted: Tensor) -> Triplets:
     """Triplets of the pairs of a tile that are wanted. negative, wanted: (b, M)."""
     row, place = wanted.nonzero(as_tuple=True)
-    return Triplets(tile.anchors[row], tile.same[row, place], negative[row, place])
+    return Triplets(tile.anchors[row], tile.positive[row, place], negative[row, place])
 
 
 def joined(parts: Sequence[Triplets], batch: Batch) -> Triplets:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from metricface.choices import is_count
 from metricface.distances import Distance, centred, full_precision, sq_distances, unit_rows
+from metricface.identities import find_identities, own_references
 from metricface.miners import kernels
-from metricface.miners.tiles import RUN, block_shape
-from metricface.tuples import Triplets
+from metricface.miners.tiles import RUN, block_shape, for_cosine, rounding_of
+from metricface.tuples import Batch, Triplets
 
 # A tile's negatives -> for each of its positives a negative and whether there is one, (b, M) each.
 Rule = Callable[["Rows"], tuple[Tensor, Tensor]]
@@ -40,16 +41,13 @@ class Rows(NamedTuple):
     sq_positive: Tensor  # (b, M)
     is_positive: Tensor  # (b, M)
     sq_negative: Tensor  # (b, C), C a multiple of RUN, +inf where not a negative
+    rounding: Tensor  # (b, 1), as a Tile's
 
 
 class Masked(NamedTuple):
-    """A batch whose shapes alone are known."""
+    """A batch that was not checked, and each anchor's first M positives."""
 
-    queries: Tensor  # (B, D)
-    references: Tensor  # (R, D)
-    labels: Tensor  # (B,)
-    ref_labels: Tensor  # (R,)
-    self_index: Tensor  # (B,)
+    batch: Batch
     positive: Tensor  # (B, M) reference rows
     is_positive: Tensor  # (B, M)
     left_out: Tensor  # 0-dim
@@ -74,7 +72,7 @@ def prepare(
         raise ValueError(f"max_positives must be a whole number, at least 1; found {max_positives!r}.")
     if (ref_emb is None) != (ref_labels is None):
         raise ValueError("ref_emb and ref_labels belong together: pass both or neither.")
-    rows = unit_rows if normalize or distance == "cosine" else full_precision
+    rows = unit_rows if normalize else full_precision
     device = embeddings.device
     common = embeddings.dtype if ref_emb is None else torch.promote_types(embeddings.dtype, ref_emb.dtype)
     queries, labels = rows(embeddings.to(common)), labels.to(device).long()
@@ -88,25 +86,23 @@ def prepare(
         itself = self_index.to(device).long()
     if not len(references):
         raise ValueError("The fixed-shape form needs at least one reference; found none.")
-    by_label = ref_labels.argsort(stable=True)
-    ordered = ref_labels[by_label].contiguous()
-    first = torch.searchsorted(ordered, labels)
-    size = torch.searchsorted(ordered, labels, right=True) - first
-    place = torch.arange(max_positives + 1, device=labels.device)  # one more: the anchor itself may be among them
-    run = by_label[(first[:, None] + place).clamp_max(len(by_label) - 1)]  # (B, M + 1)
-    inside = place < size[:, None]
-    passed = (inside & (run == itself[:, None])).long().cumsum(dim=1)[:, :-1]  # 1 from the anchor itself on
-    positive = run.gather(1, place[:-1] + passed)  # (B, M)
-    is_positive = place[:-1] + passed < size[:, None]
-    positives = size - (itself >= 0).long()
-    left_out = (positives - max_positives).clamp_min(0).sum()
-    return Masked(queries, references, labels, ref_labels, itself, positive, is_positive, left_out)
+    if distance == "cosine":
+        queries, references = for_cosine(queries, references)
+    batch = Batch(queries, labels, references, ref_labels, itself)
+    identities = find_identities(batch)
+    anchors = torch.arange(len(labels), device=device)
+    own = own_references(batch, identities, anchors, max_positives + 1, max_positives)
+    left_out = (identities.positives - max_positives).clamp_min(0).sum()
+    return Masked(batch, own.positive, own.is_positive, left_out)
 
 
-def mine(batch: Masked, rule: Rule, tile_rows: int | None) -> MaskedTriplets:
+def mine(masked: Masked, rule: Rule, tile_rows: int | None) -> MaskedTriplets:
     """Apply a rule to rows of anchors; one triplet for each place of a positive, in row order: T = B x M."""
-    number, places = batch.positive.shape
-    x, y = centred(batch.queries, batch.references)
+    batch, positive, is_positive, left_out = masked
+    number, places = positive.shape
+    queries, references = batch.embeddings, batch.ref_emb
+    x, y = centred(queries, references)
+    longest = y.square().sum(dim=1).amax()
     at_once, _ = block_shape(len(y), x.device, tile_rows, whole_rows=True)
     padding = -len(y) % RUN
     negatives, found = [], []
@@ -115,18 +111,19 @@ def mine(batch: Masked, rule: Rule, tile_rows: int | None) -> MaskedTriplets:
         same = batch.labels[some, None] == batch.ref_labels  # (b, 1) == (R,)
         sq_negative = torch.where(same, torch.inf, sq_distances(x[some], y))
         sq_negative = torch.nn.functional.pad(sq_negative, (0, padding), value=torch.inf)
-        sq_positive = (batch.queries[some, None] - batch.references[batch.positive[some]]).square().sum(dim=2)
-        negative, some_found = rule(Rows(first, sq_positive, batch.is_positive[some], sq_negative))
+        sq_positive = (queries[some, None] - references[positive[some]]).square().sum(dim=2)
+        rounding = rounding_of(x[some].square().sum(dim=1, keepdim=True) + longest)
+        negative, some_found = rule(Rows(first, sq_positive, is_positive[some], sq_negative, rounding))
         negatives.append(negative)
         found.append(some_found)
     anchor = torch.arange(number, device=x.device)[:, None].expand(number, places)
     # A place without a triplet may have drawn from the padding.
-    columns = [anchor, batch.positive, torch.cat(negatives).clamp_max(len(y) - 1)]
-    valid = torch.cat(found) & batch.is_positive
-    return MaskedTriplets(Triplets(*(column.reshape(-1) for column in columns)), valid.reshape(-1), batch.left_out)
+    columns = [anchor, positive, torch.cat(negatives).clamp_max(len(y) - 1)]
+    valid = torch.cat(found) & is_positive
+    return MaskedTriplets(Triplets(*(column.reshape(-1) for column in columns)), valid.reshape(-1), left_out)
 
 
-def hardest(batch: Masked, tile_rows: int | None) -> MaskedTriplets:
+def hardest(masked: Masked, tile_rows: int | None) -> MaskedTriplets:
     """Of each anchor the farthest positive and the closest negative: T = B."""
 
     def rule(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -135,18 +132,19 @@ def hardest(batch: Masked, tile_rows: int | None) -> MaskedTriplets:
         chosen = torch.zeros_like(rows.is_positive).scatter(1, place, True)
         return column.expand_as(chosen), chosen & (least < torch.inf)
 
-    masked = mine(batch, rule, tile_rows)
-    number, places = batch.positive.shape
-    place = masked.valid.view(number, places).int().argmax(dim=1)  # (B,)
+    found = mine(masked, rule, tile_rows)
+    number, places = masked.positive.shape
+    place = found.valid.view(number, places).int().argmax(dim=1)  # (B,)
     chosen = torch.arange(number, device=place.device) * places + place
-    triplets = Triplets(*(column[chosen] for column in masked.triplets))
-    return MaskedTriplets(triplets, masked.valid[chosen], masked.left_out)
+    triplets = Triplets(*(column[chosen] for column in found.triplets))
+    return MaskedTriplets(triplets, found.valid[chosen], found.left_out)
 
 
 def semi_hard_rule(margin: float, distance: Distance, fallback: str, draws: Tensor | None) -> Rule:
     """The closest negative of each window, or one drawn by draws (B, M) in [0, 1), or the fallback's."""
 
     def rule(rows: Rows) -> tuple[Tensor, Tensor]:
+        lower = rows.sq_positive + rows.rounding
         upper = kernels.sq_reach(rows.sq_positive, margin, distance)
         finite = rows.sq_negative < torch.inf
         least, nearest = rows.sq_negative.min(dim=1)
@@ -155,7 +153,7 @@ def semi_hard_rule(margin: float, distance: Distance, fallback: str, draws: Tens
         any_negative = least < torch.inf
         negatives, found = [], []
         for j in range(rows.sq_positive.shape[1]):
-            inside = (rows.sq_negative > rows.sq_positive[:, j, None]) & (rows.sq_negative < upper[:, j, None])
+            inside = (rows.sq_negative > lower[:, j, None]) & (rows.sq_negative < upper[:, j, None])
             some = inside.any(dim=1)
             if draws is None:
                 column = torch.where(inside, rows.sq_negative, torch.inf).argmin(dim=1)

@@ -54,7 +54,7 @@ class BatchHardMiner(TripletMiner):
         of forward. max_positives: of an anchor with more positives the first so many take part, by the order of their
         rows; how many pairs that leaves out is in the result.
         """
-        batch = fixed_shape.prepare(
+        prepared = fixed_shape.prepare(
             embeddings,
             labels,
             ref_emb,
@@ -64,14 +64,14 @@ class BatchHardMiner(TripletMiner):
             normalize=self.normalize,
             distance=self.distance,
         )
-        return fixed_shape.hardest(batch, self.tile_rows)
+        return fixed_shape.hardest(prepared, self.tile_rows)
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         has_positive, has_negative = identities.positives > 0, identities.negatives > 0
         parts = []
         for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
             place = kernels.farthest(tile.sq_positive, tile.is_positive)
-            positive = tile.same.gather(1, place[:, None])[:, 0]
+            positive = tile.positive.gather(1, place[:, None])[:, 0]
             parts.append(Triplets(tile.anchors, positive, kernels.nearest(tile).column))
         return Chosen(joined(parts, batch), has_positive.sum(), (has_positive & ~has_negative).sum())
 
@@ -107,7 +107,7 @@ class EasyPositiveMiner(TripletMiner):
         parts = []
         for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
             place = kernels.closest(tile.sq_positive, tile.is_positive)[:, None]
-            positive, sq_positive = tile.same.gather(1, place), tile.sq_positive.gather(1, place)
+            positive, sq_positive = tile.positive.gather(1, place), tile.sq_positive.gather(1, place)
             if self.negative == "hardest":
                 negative, found = kernels.nearest(tile).column[:, None], torch.ones_like(positive, dtype=torch.bool)
             else:
@@ -190,7 +190,7 @@ class DistanceWeightedMiner(TripletMiner):
                 "DistanceWeightedMiner.masked draws from torch's global generator; this miner has its own. "
                 "Leave it out."
             )
-        batch = fixed_shape.prepare(
+        prepared = fixed_shape.prepare(
             embeddings,
             labels,
             ref_emb,
@@ -200,11 +200,11 @@ class DistanceWeightedMiner(TripletMiner):
             normalize=self.normalize,
             distance="euclidean",
         )
-        draws = torch.rand_like(batch.is_positive, dtype=torch.float64)
+        draws = torch.rand_like(prepared.is_positive, dtype=torch.float64)
         rule = fixed_shape.weighted_rule(
             embeddings.shape[1], self.cutoff, self.nonzero_loss_cutoff, self.fallback, draws
         )
-        return fixed_shape.mine(batch, rule, self.tile_rows)
+        return fixed_shape.mine(prepared, rule, self.tile_rows)
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         if not self.normalize:
@@ -214,7 +214,7 @@ class DistanceWeightedMiner(TripletMiner):
         for tile in tiles(batch, identities, "euclidean", tile_rows=self.tile_rows, whole_rows=True):
             (block,) = tile.blocks()
             weights, eligible = self._weights(block.sq_negative, batch.ref_emb.shape[1])
-            of_pairs, negative = draws[tile.pair], torch.zeros_like(tile.same)
+            of_pairs, negative = draws[tile.pair], torch.zeros_like(tile.positive)
             # As many draws at a time as make their runs no larger than the block.
             at_once = weights.shape[1] // RUN
             for first in range(0, len(tile.depths), at_once):
@@ -272,7 +272,7 @@ class RandomHardMiner(TripletMiner):
         for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows, whole_rows=True):
             (block,) = tile.blocks()
             sq_upper = kernels.sq_reach(tile.sq_positive, self.margin, self.distance)
-            negative, found = torch.zeros_like(tile.same), torch.zeros_like(tile.is_positive)
+            negative, found = torch.zeros_like(tile.positive), torch.zeros_like(tile.is_positive)
             for j, rows in enumerate(tile.depths):
                 violating = block.sq_negative[:rows] < sq_upper[:rows, j, None]
                 column, found[:rows, j] = kernels.draw(violating, draws[tile.pair[:rows, j, None]])

@@ -74,7 +74,7 @@ def choose_pairs(
         (block,) = tile.blocks()
         is_far, is_near = rule(tile, block.sq_negative)
         row, place = is_far.nonzero(as_tuple=True)
-        positive.add(tile.anchors[row], tile.same[row, place])
+        positive.add(tile.anchors[row], tile.positive[row, place])
         row, column = is_near.nonzero(as_tuple=True)
         negative.add(tile.anchors[row], column)
     empty = batch.self_index[:0]
@@ -87,7 +87,7 @@ def multi_similarity(tile: Tile, sq_negative: Tensor, reach: Callable[[Tensor], 
     reach: squared distances -> the squares of those that lie epsilon beyond. Anchors without a positive or without a
     negative choose nothing.
     """
-    if not tile.same.shape[1]:
+    if not tile.positive.shape[1]:
         return tile.is_positive, torch.zeros_like(sq_negative, dtype=torch.bool)
     farthest = torch.where(tile.is_positive, tile.sq_positive, -1.0).amax(dim=1, keepdim=True)  # (b, 1)
     upper = torch.where(farthest >= 0, reach(farthest.clamp_min(0.0)), -1.0)

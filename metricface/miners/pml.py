@@ -161,7 +161,7 @@ class BatchEasyHardMiner(_OnOurKernels, pml_miners.BatchEasyHardMiner):  # type:
             wanted_p = tile.is_positive if every_p else _one_hot(p_place, kept_p, near)
             wanted_n = (block.sq_negative < torch.inf) if every_n else _one_hot(n_place, kept_n, far)
             for wanted, sample, columns, sq_dist, values in (
-                (wanted_p, positives, tile.same, tile.sq_positive, p_values),
+                (wanted_p, positives, tile.positive, tile.sq_positive, p_values),
                 (wanted_n, negatives, None, block.sq_negative, n_values),
             ):
                 row, place = wanted.nonzero(as_tuple=True)
@@ -244,7 +244,7 @@ class TripletMarginMiner(_OnOurKernels, pml_miners.TripletMarginMiner):  # type:
             for j, rows in enumerate(tile.depths):
                 inside = self._inside(block.sq_negative[:rows], tile.sq_positive[:rows, j, None], upper[:rows, j, None])
                 row, column = (inside & tile.is_positive[:rows, j, None]).nonzero(as_tuple=True)
-                sample.add(tile.anchors[row], tile.same[row, j], column)
+                sample.add(tile.anchors[row], tile.positive[row, j], column)
             if self.collect_stats:
                 of_tile = self._sums(space, tile, block.sq_negative)
                 d_ap, d_an, number = d_ap + of_tile[0], d_an + of_tile[1], number + of_tile[2]

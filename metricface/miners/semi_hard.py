@@ -87,7 +87,7 @@ class SemiHardMiner(TripletMiner):
                 "SemiHardMiner.masked takes one negative a pair, drawn by torch's global generator; this miner has "
                 f"negative={self.negative!r} and {'no' if self.generator is None else 'its own'} generator."
             )
-        batch = fixed_shape.prepare(
+        prepared = fixed_shape.prepare(
             embeddings,
             labels,
             ref_emb,
@@ -97,9 +97,9 @@ class SemiHardMiner(TripletMiner):
             normalize=self.normalize,
             distance=self.distance,
         )
-        draws = torch.rand_like(batch.is_positive, dtype=torch.float64) if self.negative == "random" else None
+        draws = torch.rand_like(prepared.is_positive, dtype=torch.float64) if self.negative == "random" else None
         rule = fixed_shape.semi_hard_rule(self.margin, self.distance, self.fallback, draws)
-        return fixed_shape.mine(batch, rule, self.tile_rows)
+        return fixed_shape.mine(prepared, rule, self.tile_rows)
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
         draws = for_each_pair(batch, identities, self.generator) if self.negative == "random" else None
@@ -146,10 +146,10 @@ class SemiHardMiner(TripletMiner):
             some = inside.any(dim=1)
             in_window += some.sum()
             row, column = inside.nonzero(as_tuple=True)
-            found.append((row, tile.same[row, j], column))
+            found.append((row, tile.positive[row, j], column))
             if other is not None:
                 row = (is_positive & ~some).nonzero()[:, 0]
-                found.append((row, tile.same[row, j], other.column[row]))
+                found.append((row, tile.positive[row, j], other.column[row]))
         row, positive, negative = (torch.cat(part) for part in zip(*found, strict=True))
         order = row.argsort(stable=True)  # anchor by anchor, so that a sample does not depend on the tile
         sample.add(tile.anchors[row[order]], positive[order], negative[order])
@@ -164,7 +164,7 @@ class SemiHardMiner(TripletMiner):
 
 def _drawn(tile: Tile, window: kernels.SemiHard, row_block: Block, draws: Tensor) -> tuple[Tensor, Tensor]:
     """(b, M) a negative drawn evenly from each window, and (b, M) whether it holds any."""
-    negative, found = torch.zeros_like(tile.same), torch.zeros_like(tile.is_positive)
+    negative, found = torch.zeros_like(tile.positive), torch.zeros_like(tile.is_positive)
     for j, rows in enumerate(tile.depths):
         column, found[:rows, j] = kernels.draw(window.inside(row_block, j), draws[tile.pair[:rows, j, None]])
         negative[:rows, j] = column[:, 0]

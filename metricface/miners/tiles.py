@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from metricface.choices import is_count
 from metricface.distances import Distance, centre, unit_rows, without_autocast
-from metricface.identities import Identities
+from metricface.identities import Identities, own_references
 from metricface.tuples import Batch
 
 # A block's columns are padded to whole runs, which minima and sums are first made of.
@@ -28,7 +28,7 @@ RUN = 64
 # Numbers in a block: 2 MiB in float32 for a CPU's caches, 256 MiB to fill a GPU.
 CPU_BLOCK = 1 << 19
 GPU_BLOCK = 1 << 26
-# Where a block has to hold whole rows: 256 rows of 8,192 on a CPU.
+# Where a block has to hold whole rows: 256 rows of 8,192 on a CPU, which take in turns what has to fit the cache.
 CPU_WHOLE_ROWS = 1 << 21
 # Rows and columns in a block, where there are so many: on a CPU a third faster than 64 whole rows of 8,192.
 CPU_ROWS = 512
@@ -63,19 +63,21 @@ class Block(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Some anchors and their own identity; the anchors of the largest identities come first.
+    """Some anchors, their own identity, and their positives in it; the anchors with most positives come first.
 
-    `same` lists the references of an anchor's identity, ascending; M is the size of the largest identity in the tile,
-    and smaller ones are filled up with other references, where `is_positive` is False, as it is at the anchor itself.
+    `same` lists the references of an anchor's identity, itself included, `positive` those that are not itself, both
+    ascending. N and M are the most that an anchor of the tile has; others are filled up with other references, where
+    `is_same` and `is_positive` are False.
     """
 
     anchors: Tensor  # (b,) int64 rows of the embeddings
-    same: Tensor  # (b, M) int64 rows of the references
-    depths: list[int]  # M numbers: how many anchors, from the first on, have a reference in that column of `same`
-    is_same: Tensor  # (b, M) bool
+    same: Tensor  # (b, N) int64 rows of the references
+    is_same: Tensor  # (b, N) bool
+    positive: Tensor  # (b, M) int64 rows of the references
     is_positive: Tensor  # (b, M) bool
+    depths: list[int]  # M numbers: how many anchors, from the first on, have a positive in that column
     pair: Tensor  # (b, M) int64, the positive pair's number in row order; any valid number where there is none
-    sq_positive: Tensor  # (b, M) squared distances to `same`, of rows subtracted from each other
+    sq_positive: Tensor  # (b, M) squared distances to `positive`, of rows subtracted from each other
     rounding: Tensor  # (b, 1) how far the product may be off: what differs by less than this is a tie
     plan: "Plan"
 
@@ -147,27 +149,27 @@ def tiles(
     tile_rows: int | None = None,
     whole_rows: bool = False,
 ) -> Iterator[Tile]:
-    """The anchors, `tile_rows` at a time: from the largest identity to the smallest, else in order.
+    """The anchors, `tile_rows` at a time: from those with most positives to those with fewest, else in order.
 
-    anchors: (N,) int64, which rows of the embeddings; by default those that have a positive and a negative. That large
-    identities come first makes one that is much larger than the others work for its own anchors only.
+    anchors: (A,) int64, which rows of the embeddings; by default those that have a positive and a negative. That most
+    positives come first makes an identity that is much larger than the others work for its own anchors only.
     """
     if anchors is None:
         anchors = ((identities.positives > 0) & (identities.negatives > 0)).nonzero()[:, 0]
-    anchors = anchors[identities.size[anchors].argsort(descending=True, stable=True)]
-    sizes = identities.size[anchors].tolist()
+    anchors = anchors[identities.positives[anchors].argsort(descending=True, stable=True)]
+    positives, sizes = torch.stack([identities.positives[anchors], identities.size[anchors]]).tolist()
     if not sizes or not len(batch.ref_emb):
         return
     plan = _plan(batch, distance, len(sizes), tile_rows, whole_rows)
     for start in range(0, len(sizes), plan.rows):
         some = slice(start, start + plan.rows)
-        yield _tile(anchors[some], _depths(sizes[some]), batch, identities, plan)
+        yield _tile(anchors[some], max(sizes[some]), _depths(positives[some]), batch, identities, plan)
 
 
 def _plan(batch: Batch, distance: Distance, anchors: int, tile_rows: int | None, whole_rows: bool) -> Plan:
     queries, references = batch.embeddings, batch.ref_emb
     if distance == "cosine":
-        queries, references = _unit(queries, (1, 0)), _unit(references, (0, 1))
+        queries, references = for_cosine(queries, references)
     origin = centre(references)
     rows, columns = block_shape(len(references), queries.device, tile_rows, whole_rows=whole_rows)
     widest = -(-min(columns, len(references)) // RUN) * RUN
@@ -184,14 +186,16 @@ def _plan(batch: Batch, distance: Distance, anchors: int, tile_rows: int | None,
     )
 
 
-def _unit(rows: Tensor, places: tuple[int, int]) -> Tensor:
-    """(N, D) -> (N, D + 2) unit rows; a zero row has a 1 in one of the two places that its side is given.
+def for_cosine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, D), (R, D) -> (Q, D + 2), (R, D + 2): rows whose squared distances are twice the cosine distances.
 
-    A zero row has cosine 0 with every row, so its squared distance has to be 2: to unit rows, and to zero rows.
+    Unit rows, but a zero row has cosine 0 with every row, so its squared distance has to be 2, also to a zero row: it
+    gets a 1 in a place of its own side.
     """
-    unit = unit_rows(rows)
-    is_zero = (unit == 0).all(dim=1, keepdim=True).to(unit.dtype)
-    return torch.cat([unit, is_zero * places[0], is_zero * places[1]], dim=1)
+    unit = [unit_rows(x), unit_rows(y)]
+    is_zero = [(rows == 0).all(dim=1, keepdim=True).to(rows.dtype) for rows in unit]
+    nothing = [torch.zeros_like(column) for column in is_zero]
+    return torch.cat([unit[0], is_zero[0], nothing[0]], dim=1), torch.cat([unit[1], nothing[1], is_zero[1]], dim=1)
 
 
 def _with_lengths(rows: Tensor, factor: float, *, lengths_first: bool = False) -> Tensor:
@@ -206,30 +210,30 @@ def _with_lengths(rows: Tensor, factor: float, *, lengths_first: bool = False) -
     return made
 
 
-def _depths(sizes: Sequence[int]) -> list[int]:
-    """For each number below the first size, how many sizes exceed it. sizes: descending."""
-    depths, rows = [], len(sizes)
-    for number in range(sizes[0]):
-        while sizes[rows - 1] <= number:
+def _depths(numbers: Sequence[int]) -> list[int]:
+    """For each number below the first one, how many numbers exceed it. numbers: descending."""
+    depths, rows = [], len(numbers)
+    for number in range(numbers[0]):
+        while numbers[rows - 1] <= number:
             rows -= 1
         depths.append(rows)
     return depths
 
 
-def _tile(anchors: Tensor, depths: list[int], batch: Batch, identities: Identities, plan: Plan) -> Tile:
-    offset = torch.arange(len(depths), device=anchors.device)
-    # Modulo, not clamp: the references of a row must all differ, or one that is filled in would count as its own twice.
-    place = (identities.first[anchors, None] + offset) % len(identities.by_label)  # (b, 1) + (M,)
-    same = identities.by_label[place]
-    is_same = offset < identities.size[anchors, None]  # (M,) < (b, 1)
-    is_positive = is_same & (same != batch.self_index[anchors, None])
-    pair = identities.first_pair[anchors, None] + is_positive.cumsum(dim=1) - 1
+def _tile(anchors: Tensor, largest: int, depths: list[int], batch: Batch, identities: Identities, plan: Plan) -> Tile:
+    """largest: references of the largest identity in the tile."""
+    own = own_references(batch, identities, anchors, largest, len(depths))
+    number = identities.first_pair[anchors, None] + torch.arange(len(depths), device=anchors.device)  # (b, 1) + (M,)
+    pair = torch.where(own.is_positive, number, 0)
     rows = plan.queries.index_select(0, anchors)
-    sq_positive = subtracted(rows, plan.references.rows, same, depths)
-    lengths = (rows - plan.centre).square_().sum(dim=1, keepdim=True) + plan.longest
-    rounding = ROUNDING * torch.finfo(rows.dtype).eps * lengths
-    pair.clamp_(0, max(0, identities.pairs - 1))
-    return Tile(anchors, same, depths, is_same, is_positive, pair, sq_positive, rounding, plan)
+    sq_positive = subtracted(rows, plan.references.rows, own.positive, depths)
+    rounding = rounding_of((rows - plan.centre).square_().sum(dim=1, keepdim=True) + plan.longest)
+    return Tile(anchors, *own, depths, pair, sq_positive, rounding, plan)
+
+
+def rounding_of(sq_lengths: Tensor) -> Tensor:
+    """How far a squared distance made by a product may be off; sq_lengths: of both rows together, any shape."""
+    return ROUNDING * torch.finfo(sq_lengths.dtype).eps * sq_lengths
 
 
 def subtracted(x: Tensor, y: Tensor, columns: Tensor, depths: Sequence[int] | None = None) -> Tensor:

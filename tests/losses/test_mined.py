@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import losses as pml_losses
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metricface.diagnostics import mining_statistics
 from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss
@@ -23,6 +22,7 @@ from metricface.losses.mined import (
 )
 from metricface.miners import BatchAllMiner, BatchHardMiner, SemiHardMiner
 from metricface.tuples import Pairs
+from tests.largest import LargestTensor
 from tests.losses import oracles
 from tests.vectors import case
 
@@ -370,19 +370,6 @@ def test_half_precision_and_autocast_change_no_more_than_the_input_does(make: Ma
         torch.testing.assert_close(leaf.grad, expected.grad.to(dtype))
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers the most numbers that any operation under it put into one tensor."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return made
-
-
 @LOSSES
 def test_no_tensor_outgrows_a_block_however_many_triplets_there_are(
     make: Make, monkeypatch: pytest.MonkeyPatch
@@ -393,7 +380,7 @@ def test_no_tensor_outgrows_a_block_however_many_triplets_there_are(
     x, labels = torch.randn(512, 6, generator=seeded()).requires_grad_(), torch.arange(512) // 32 % 6
     loss = make()
     setattr(loss, "tile_rows", 16)  # noqa: B010
-    with Largest() as largest:  # type: ignore[no-untyped-call]
+    with LargestTensor() as largest:
         loss(x, labels).backward()
     assert largest.numbers <= 16 * 512 // 2  # the positives of a tile: identities are large here
 

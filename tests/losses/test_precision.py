@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from metricface.distances import Distance
 from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss, gathering
 from metricface.losses.gathering import distance_matrix, distances_of
+from metricface.miners import BatchAllMiner
 from metricface.tuples import check_batch
+from tests.largest import LargestTensor
 from tests.losses import oracles
 
 LABELS = torch.arange(16) // 4
@@ -88,10 +90,13 @@ def test_a_batch_close_together_far_from_the_origin_keeps_its_distances(distance
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
-def test_many_named_pairs_are_read_from_a_matrix_with_the_same_result(
-    distance: Distance, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("numbers", [1 << 21, 3 * 16, 1])
+def test_many_named_pairs_are_read_from_tiles_with_the_same_result(
+    distance: Distance, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    anchor, positive, _ = ALL
+    mixed = torch.randperm(len(ALL[0]), generator=torch.Generator().manual_seed(1))
+    anchor, positive = ALL[0][mixed], ALL[1][mixed]
+    monkeypatch.setattr(gathering, "TILE_NUMBERS", numbers)
     results = []
     for small in (1 << 24, 0):
         monkeypatch.setattr(gathering, "SMALL", small)
@@ -99,12 +104,23 @@ def test_many_named_pairs_are_read_from_a_matrix_with_the_same_result(
         dist = distances_of(check_batch(x, LABELS), anchor, positive, distance)
         dist.sin().sum().backward()  # type: ignore[no-untyped-call]
         results.append((dist.detach(), x.grad))
-    assert len(anchor) * 32 > 16 * 16  # so that SMALL = 0 takes the matrix
+    assert len(anchor) * 32 > 16 * 16  # so that SMALL = 0 takes tiles
     assert not torch.equal(results[0][0], results[1][0])
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     assert results[0][1] is not None
     assert results[1][1] is not None
     assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_a_long_list_of_triplets_needs_no_table_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "SMALL", 0)
+    monkeypatch.setattr(gathering, "TILE_NUMBERS", 16 * 400)
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    labels = torch.arange(400) // 4
+    triplets = BatchAllMiner(max_triplets=4000, generator=torch.Generator().manual_seed(3))(x.detach(), labels)
+    with LargestTensor() as largest:
+        TripletLoss()(x, labels, triplets).backward()
+    assert largest.numbers <= 400 * 64  # the embeddings themselves; all distances are 160,000
 
 
 def test_duplicates_are_at_distance_exactly_zero_in_a_matrix() -> None:

@@ -1,12 +1,10 @@
 """Every pair and triplet without a list of them: the same in any blocks, and small."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from metricface.identities import find_identities
 from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss, streaming
@@ -14,6 +12,7 @@ from metricface.losses.every_triplet import every_triplet
 from metricface.losses.streaming import Gradients, Totals, streamed
 from metricface.miners import tiles
 from metricface.tuples import Batch, check_batch
+from tests.largest import LargestTensor
 
 LOSSES: list[Callable[[], nn.Module]] = [
     ContrastiveLoss,
@@ -22,21 +21,6 @@ LOSSES: list[Callable[[], nn.Module]] = [
     lambda: MarginBasedLoss(20, nu=0.1),
 ]
 EVERY_LOSS = pytest.mark.parametrize("make", LOSSES, ids=["contrastive", "facenet", "hermans", "margin based"])
-
-
-class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers the most numbers that any operation under it put into one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return result
 
 
 @EVERY_LOSS

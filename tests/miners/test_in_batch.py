@@ -27,6 +27,7 @@ from metricface.miners import (
 )
 from metricface.tuples import Triplets
 from tests import oracles
+from tests.largest import LargestTensor
 from tests.vectors import case
 
 LABEL_VALUES = [-7, 0, 3, 2**24, 2**24 + 1, 2**40]
@@ -612,26 +613,13 @@ def test_mining_keeps_no_graph_and_no_state() -> None:
     assert x.grad is None
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers the size of the largest tensor made."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return made
-
-
 @MINERS_OF_FEW
 def test_no_tensor_is_larger_than_a_tile_or_the_embeddings_with_their_lengths(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("metricface.miners.tiles.CPU_BLOCK", 8 * 256)
     x, labels = faces(identities=64, dim=8)
-    with Largest() as largest:  # type: ignore[no-untyped-call]
+    with LargestTensor() as largest:
         make(tile_rows=8)(x, labels)
     assert largest.numbers <= max(8 * len(x), len(x) * (8 + 4)) < len(x) ** 2 / 20
 
@@ -640,14 +628,14 @@ def test_no_tensor_is_larger_than_a_tile_or_the_embeddings_with_their_lengths(
 def test_what_needs_no_whole_row_holds_no_more_than_a_block(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metricface.miners.tiles.CPU_BLOCK", 16 * 64)
     x, labels = faces(identities=64, dim=2)
-    with Largest() as largest:  # type: ignore[no-untyped-call]
+    with LargestTensor() as largest:
         make(tile_rows=16)(x, labels)
     assert largest.numbers <= max(16 * 64, len(x) * (2 + 4))
 
 
 def test_a_sample_of_every_triplet_makes_no_list_of_them_all() -> None:
     x, labels = faces(identities=64, images=8, dim=4)  # 1.8 million triplets of 512 images
-    with Largest() as largest:  # type: ignore[no-untyped-call]
+    with LargestTensor() as largest:
         assert len(BatchAllMiner(max_triplets=1000, generator=seeded())(x, labels).anchor) == 1000
     assert largest.numbers <= 512 * 8
 

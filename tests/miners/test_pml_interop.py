@@ -11,9 +11,33 @@ from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor, nn
 
 from metricface.distances import unit_rows
-from metricface.miners import BatchHardMiner, DistanceWeightedMiner, RandomMiner, SemiHardMiner
+from metricface.miners import (
+    BatchAllMiner,
+    BatchHardMiner,
+    CurriculumMiner,
+    DistanceWeightedMiner,
+    EasyPositiveMiner,
+    MultiSimilarityMiner,
+    PairMarginMiner,
+    RandomHardMiner,
+    RandomMiner,
+    SemiHardMiner,
+)
 
-MINERS = [SemiHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), RandomMiner()]
+MINERS = [
+    BatchAllMiner(),
+    BatchHardMiner(),
+    DistanceWeightedMiner(),
+    EasyPositiveMiner(),
+    RandomHardMiner(),
+    RandomMiner(),
+    SemiHardMiner(),
+    SemiHardMiner(negative="all"),
+    CurriculumMiner(SemiHardMiner(), BatchHardMiner(), start=0, end=1000),
+]
+EVERY_MINER = pytest.mark.parametrize(
+    "miner", [*MINERS, MultiSimilarityMiner(), PairMarginMiner()], ids=lambda miner: type(miner).__name__
+)
 
 
 def rows(indices: Any) -> list[tuple[int, ...]]:
@@ -122,7 +146,7 @@ def test_at_full_collapse_pml_has_no_semi_hard_triplet_and_a_fallback_has_one_a_
 PML_LOSSES = [pml_losses.TripletMarginLoss(), pml_losses.MarginLoss(), pml_losses.ContrastiveLoss()]
 
 
-@pytest.mark.parametrize("miner", MINERS)
+@EVERY_MINER
 @pytest.mark.parametrize("loss", PML_LOSSES)
 def test_pmls_losses_take_what_our_miners_give(miner: nn.Module, loss: nn.Module) -> None:
     x, labels = faces(8)
@@ -131,7 +155,7 @@ def test_pmls_losses_take_what_our_miners_give(miner: nn.Module, loss: nn.Module
     assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("miner", MINERS)
+@EVERY_MINER
 @pytest.mark.parametrize("loss", PML_LOSSES)
 def test_pmls_losses_take_an_empty_result(miner: nn.Module, loss: nn.Module) -> None:
     x, labels = torch.eye(6, requires_grad=True), torch.arange(6)
@@ -140,11 +164,12 @@ def test_pmls_losses_take_an_empty_result(miner: nn.Module, loss: nn.Module) -> 
     value.backward()
 
 
-def test_our_miners_work_inside_pmls_wrappers() -> None:
+@EVERY_MINER
+def test_our_miners_work_inside_pmls_wrappers(miner: nn.Module) -> None:
     x, labels = faces(8)
     x = x.float().requires_grad_()
-    several = pml_losses.MultipleLosses(PML_LOSSES, miners=[SemiHardMiner(), BatchHardMiner(), RandomMiner()])
+    several = pml_losses.MultipleLosses(PML_LOSSES, miners=[miner, BatchHardMiner(), RandomMiner()])
     assert torch.isfinite(several(x, labels))
-    memory = pml_losses.CrossBatchMemory(pml_losses.TripletMarginLoss(), 8, memory_size=100, miner=BatchHardMiner())
+    memory = pml_losses.CrossBatchMemory(pml_losses.ContrastiveLoss(), 8, memory_size=100, miner=miner)
     for _ in range(3):
         assert torch.isfinite(memory(x, labels))

@@ -49,25 +49,27 @@ def test_blocks_hold_every_squared_distance_once_and_infinity_where_there_is_no_
         torch.testing.assert_close(whole[negative], expected[tile.anchors][negative], atol=1e-5, rtol=1e-5)
         row, place = tile.is_positive.nonzero(as_tuple=True)
         torch.testing.assert_close(
-            tile.sq_positive[row, place], expected[tile.anchors[row], tile.same[row, place]], atol=1e-5, rtol=1e-5
+            tile.sq_positive[row, place], expected[tile.anchors[row], tile.positive[row, place]], atol=1e-5, rtol=1e-5
         )
-        chosen = tile.same[:, :1]
+        chosen = tile.positive[:, :1]
         torch.testing.assert_close(
             tile.sq_distances(chosen), expected[tile.anchors].gather(1, chosen), atol=1e-5, rtol=1e-5
         )
-        pairs += list(zip(tile.anchors[row].tolist(), tile.same[row, place].tolist(), strict=True))
+        pairs += list(zip(tile.anchors[row].tolist(), tile.positive[row, place].tolist(), strict=True))
         numbers += tile.pair[row, place].tolist()
         anchors += tile.anchors.tolist()
-        sizes = found.size[tile.anchors]
-        assert tile.depths == [int((sizes > j).sum()) for j in range(int(sizes.max()))]
-        assert all((sizes[:deep] > j).all() for j, deep in enumerate(tile.depths))
+        sizes, positives = found.size[tile.anchors], found.positives[tile.anchors]
+        assert torch.equal(tile.is_same.sum(dim=1), sizes)
+        assert (labels[tile.anchors, None] == ref_labels[tile.same])[tile.is_same].all()
+        assert tile.depths == [int((positives > j).sum()) for j in range(int(positives.max()))]
+        assert all((positives[:deep] > j).all() for j, deep in enumerate(tile.depths))
     same = ~negatives
     same[2, 3] = False
     every_pair = [(a, p) for a, p in same.nonzero().tolist() if negatives[a].any()]
     assert sorted(pairs) == every_pair
     order = [(a, p) for a, p in same.nonzero().tolist()]
     assert [order[number] for number in numbers] == pairs
-    assert found.size[anchors].tolist() == sorted(found.size[anchors].tolist(), reverse=True)
+    assert found.positives[anchors].tolist() == sorted(found.positives[anchors].tolist(), reverse=True)
 
 
 def test_whole_rows_come_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +101,7 @@ def test_an_identity_that_the_references_lack_makes_a_tile_without_positives() -
     x, y = torch.randn(2, 3, generator=seeded(0)), torch.randn(5, 3, generator=seeded(1))
     batch = check_batch(x, torch.tensor([7, 7]), y, torch.arange(5))
     (tile,) = tiles(batch, find_identities(batch), "euclidean", torch.arange(2))
-    assert tile.same.shape == (2, 0)
+    assert tile.same.shape == tile.positive.shape == (2, 0)
     torch.testing.assert_close(rows(tile), pairwise(x, y, "squared_euclidean"), atol=1e-5, rtol=1e-5)
 
 
@@ -110,7 +112,7 @@ def test_candidates_of_a_search_are_a_block_like_any_other() -> None:
     whole = rows(tile)
     order = whole.argsort(dim=1)
     found = order[:, 5:12].clone()  # 7 of them, not the closest, in a row with the anchor's identity and with gaps
-    found[:, 3], found[2, 4] = tile.same[:, 1], -1
+    found[:, 3], found[2, 4] = tile.positive[:, 1], -1
     block = candidates(tile, found)
     assert block.sq_negative.shape == (30, RUN)
     expected = whole.gather(1, found.clamp_min(0))
