@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> Command:
         asked, *_ = _read(["--recipe", str(folder / RECIPE), *arguments], overrides)
         _check_same(saved, asked, folder)
         return Command(asked, folder, resume=True)
-    except ValueError as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
 
 

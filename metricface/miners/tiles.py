@@ -28,8 +28,8 @@ RUN = 64
 # Numbers in a block: 2 MiB in float32 for a CPU's caches, 256 MiB to fill a GPU.
 CPU_BLOCK = 1 << 19
 GPU_BLOCK = 1 << 26
-# Where a block has to hold whole rows: 256 rows of 8,192 on a CPU, which take in turns what has to fit the cache.
-CPU_WHOLE_ROWS = 1 << 21
+# Where a block has to hold whole rows: 128 rows of 8,192 on a CPU.
+CPU_WHOLE_ROWS = 1 << 20
 # Rows and columns in a block, where there are so many: on a CPU a third faster than 64 whole rows of 8,192.
 CPU_ROWS = 512
 GPU_ROWS = 8192

@@ -1,6 +1,7 @@
 """The one place where names in a recipe become objects."""
 
 import inspect
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -244,12 +245,27 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
             sampler(stage, images, recipe.seed)
             goal = objective(stage, recipe, len(images.identities))
             optimizer(stage, nn.Linear(1, 1), goal)
-        except ValueError as error:
-            raise ValueError(f"Stage {stage.name!r}: {error}") from error
+        except (ValueError, TypeError) as error:
+            hint = f" (--stages.{stage.name}.sampler.options.identities_per_batch)"
+            raise ValueError(
+                f"Stage {stage.name!r}: {error}{hint if 'identities_per_batch' in str(error) else ''}"
+            ) from error
+
+
+def ignore_interrupts(_: int) -> None:
+    """For workers: Ctrl-C reaches the whole group of processes, and it is the trainer that ends the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[ImageBatch]:
     """Whole batches of a set; read ahead by `workers` processes (0 for a set in memory, where a batch is one copy)."""
     # Its own generator: each pass over a loader draws a number, and a resumed run makes one pass more.
     own = torch.Generator()
-    return DataLoader(images, batch_sampler=batches, collate_fn=keep, num_workers=workers, generator=own)
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        collate_fn=keep,
+        num_workers=workers,
+        worker_init_fn=ignore_interrupts,
+        generator=own,
+    )

@@ -54,9 +54,14 @@ class HeldOut:
             "people": len(self.images.identities),
             "images": len(self.images),
             "queries": ranked.queries,
+            "query_people": ranked.identities,
+            "genuine_people": len(np.unique(np.asarray(self.images.labels)[self.pairs.first[self.pairs.same]])),
         }
         if self.listed is not None:
             figures |= _named(_verify(embeddings, self.listed)[1], "listed/")
+            named = np.unique(np.concatenate([self.listed.first, self.listed.second]))
+            figures["listed/images"] = len(named)
+            figures["listed/people"] = len(np.unique(np.asarray(self.images.labels)[named]))
             figures["listed/missing_pairs"] = self.listed.missing
         return Scored(figures, scores, self.pairs.same, report)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import metricface
 from metricface.atomic import replacing
+from metricface.data.images import UnreadableImageError
 from metricface.models.embedder import Embedder
 from metricface.monitoring.board import Board
 from metricface.training import assemble, checkpoint, stages
@@ -198,7 +199,7 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
             report=report,
             save=save,
         )
-    except (ValueError, OSError):  # such as an image that has gone: what was trained since the last checkpoint is good
+    except (UnreadableImageError, OSError):  # an image has gone: what was trained since the last checkpoint is good
         save()
         raise
     save()  # before evaluation, which can be interrupted
@@ -216,6 +217,8 @@ def _keep_better(run: Run, name: str) -> None:
     start = [moment for moment in run.history if moment.kept][-1]
     try:
         end = _evaluate(run, f"after {name}")
+    except UnreadableImageError:  # of held-out people; the checkpoint holds the stage's end
+        raise
     except ValueError as error:
         raise stages.TrainingDivergedError(f"Stage {name!r} has diverged: {error}") from error
     figure = run.recipe.select_by

@@ -29,7 +29,7 @@ class Clock:
     """The length of a stage and how much of it has passed, in steps or in training seconds.
 
     Exactly one of `total_steps` and `total_seconds` is set. Time passes only between `start()` and `pause()`, so that
-    evaluation, logging of figures and saving are not counted.
+    evaluation and saving are not counted.
     """
 
     total_steps: int | None = None

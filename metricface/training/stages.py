@@ -105,15 +105,15 @@ def train(
         clock.images += len(labels)
         _advance(bar, clock)
         if clock.steps % recipe.log_every == 0 or clock.steps == 1:
-            clock.pause()
             value = _finite(loss, run)
             scalars = _scalars(run, embeddings, labels)
             report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
             bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
-            if clock.elapsed - saved_at >= recipe.checkpoint_every:
-                _check_weights(run, model)
-                save()
-                saved_at = clock.elapsed
+        if clock.elapsed - saved_at >= recipe.checkpoint_every:
+            clock.pause()
+            _check_weights(run, model)
+            save()
+            saved_at = clock.elapsed
             clock.start()
     clock.pause()
     bar.close()
@@ -136,7 +136,10 @@ def _step(
         embeddings = model(images).float()  # (B, D), raw
     if not bool(torch.isfinite(embeddings).all()):
         raise _diverged(run, "embeddings are not finite")
-    loss = run.objective(embeddings, labels)
+    try:
+        loss = run.objective(embeddings, labels)
+    except ValueError as error:  # rows too long to be squared, for instance: finite, and beyond use
+        raise _diverged(run, f"objective refuses its embeddings ({error})") from error
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if run.stage.clip_norm is not None:

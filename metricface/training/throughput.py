@@ -8,7 +8,7 @@ from torch import nn
 
 from metricface.training.assemble import autocast
 
-PASSES = 6
+PASSES = 7
 
 
 def bare_images_per_second(

@@ -42,6 +42,9 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
+SPEEDS = ("images_per_second", "bare_images_per_second")
+
+
 def report(folder: str = "out") -> dict[str, dict[str, dict[str, float]]]:
     loaded: dict[str, dict[str, dict[str, float]]] = json.loads(Path(folder, "report.json").read_text())
     return loaded
@@ -138,7 +141,7 @@ def faulty(name: str) -> list[str]:
         ("both folders the same", "leave data.test out"),
         ("too many identities a batch", "needs 500 identities"),
         ("pair list names a missing file", "Person_00/Person_00_0009 (line 2)"),
-        ("unknown miner", "known are BatchHardMiner"),
+        ("unknown miner", "known are BatchAllMiner, BatchHardMiner"),
     ],
 )
 def test_bad_input_is_a_clear_error_without_a_traceback(
@@ -190,6 +193,18 @@ def test_the_shipped_recipes_run_on_folders_of_their_layout() -> None:
     small = [f"{options}.identities_per_batch", "4", "--budget", "1s"]
     assert main([str(ROOT / "examples/recipes/lfw.yaml"), *small, "--output", "out"]) == 0
     assert report()["people"]["test"]["people"] == 5
+    speeds = [stage[key] for stage in json.loads(Path("out/report.json").read_text())["stages"] for key in SPEEDS]
+    assert min(speeds) > 0
+    write_people(Path("others"), 12, 4, first=100)
+    names = sorted(folder.name for folder in Path("others").iterdir())
+    lines = [f"{name}\t1\t2" for name in names[:4]]
+    lines += [f"{one}\t1\t{other}\t1" for one, other in zip(names[:4], names[4:8], strict=True)]
+    Path("pairs.txt").write_text("\n".join(["4", *lines]) + "\n")
+    other = ["--data.train", "lfw", "--data.test", "others"]
+    lfw = [str(ROOT / "examples/recipes/lfw.yaml"), *small, *other, "--data.pairs", "pairs.txt", "--output", "judged"]
+    assert main(lfw) == 0
+    assert report("judged")["people"]["test"]["people"] == 12
+    assert report("judged")["final"]["test"]["listed/people"] == 8
     for alphabet in range(6):
         source = write_people(Path("drawn"), 4, 5, first=10 * alphabet)
         for folder in sorted(source.iterdir()):

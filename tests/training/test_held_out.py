@@ -48,6 +48,8 @@ def test_separable_people_are_scored_perfect_on_every_figure() -> None:
         assert figures[name] == pytest.approx(1.0), name
     assert figures["eer"] == pytest.approx(0.0)
     assert (figures["people"], figures["images"], figures["genuine_pairs"]) == (3, 12, 18)
+    assert (figures["queries"], figures["query_people"], figures["genuine_people"]) == (12, 3, 3)
+    assert (figures["impostor_pairs"], figures["listed/people"], figures["listed/images"]) == (48, 3, 5)
     assert figures["tar_at_far_1e-3"] is None  # 48 impostor pairs cannot show it
 
 
