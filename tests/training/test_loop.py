@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import metricface
+from metricface.data.images import UnreadableImageError
 from metricface.training import loop, stages
-from metricface.training.held_out import embed
+from metricface.training.held_out import HeldOut, embed
 from metricface.training.loop import Moment, Run, train
+from metricface.training.objective import MinedObjective
 from metricface.training.recipe import Component, Recipe
 from metricface.training.stages import TrainingDivergedError
 
@@ -175,6 +178,35 @@ def test_a_stage_that_diverges_leaves_report_and_embedder_of_the_stages_before_i
     assert report["final"]["when"] == "after softmax"
     assert "Stage 'triplet' diverged" in report["notes"][0]
     assert np.isfinite(metricface.load(tmp_path / "run" / "model").embed(np.zeros((32, 32, 3), np.uint8))).all()
+
+
+def test_embeddings_too_long_to_be_squared_are_divergence_and_no_fault_of_the_data(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MinedObjective.forward
+    monkeypatch.setattr(MinedObjective, "forward", lambda self, rows, labels: real(self, rows * 1e30, labels))
+    with pytest.raises(TrainingDivergedError, match=r"Stage 'triplet' has diverged.*objective refuses its embeddings"):
+        train(recipe, tmp_path / "run", say=quiet)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["final"]["when"] == "after softmax"
+
+
+def test_a_held_out_image_that_goes_away_is_no_divergence_and_the_stages_end_is_saved(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = HeldOut.score, [0]
+
+    def score(self: HeldOut, *rest: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > 2:  # both sets have been scored at the start
+            raise UnreadableImageError("cannot read image gone.png")
+        return real(self, *rest)
+
+    monkeypatch.setattr(HeldOut, "score", score)
+    with pytest.raises(UnreadableImageError, match=r"gone\.png"):
+        train(recipe, tmp_path / "run", say=quiet)
+    monkeypatch.undo()
+    run = train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert [moment.when for moment in run.history] == ["start", "after softmax", "after triplet"]
 
 
 def test_a_budget_is_shared_by_the_stages_and_evaluation_is_not_counted(recipe: Recipe, tmp_path: Path) -> None:
