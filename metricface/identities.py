@@ -35,7 +35,7 @@ class Own(NamedTuple):
 
 def find_identities(batch: Batch) -> Identities:
     """Sort the references by identity and find each anchor's, without waiting for the device."""
-    labels, ref_labels = batch.labels.long(), batch.ref_labels.long()
+    labels, ref_labels = batch.labels.long().contiguous(), batch.ref_labels.long()
     by_label = ref_labels.argsort(stable=True)
     sorted_labels = ref_labels[by_label]
     first = torch.searchsorted(sorted_labels, labels)

@@ -153,11 +153,11 @@ def _check_self_index(self_index: Tensor, labels: Tensor, ref_labels: Tensor) ->
             f"self_index must be ({anchors},) integers, one per anchor; "
             f"found {self_index.dtype} {tuple(self_index.shape)}."
         )
+    self_index = self_index.long()
     if anchors and (int(self_index.min()) < -1 or int(self_index.max()) >= references):
         raise ValueError(
             f"self_index must lie in [-1, {references}): -1, or the anchor's own row among the references."
         )
-    self_index = self_index.long()
     listed = (self_index >= 0).nonzero()[:, 0]
     wrong = listed[labels[listed].long() != ref_labels[self_index[listed]].long()]
     if len(wrong):

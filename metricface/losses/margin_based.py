@@ -102,12 +102,13 @@ class MarginBasedLoss(nn.Module):
     def _beta_of(self, labels: Tensor) -> Tensor:
         if self.beta.ndim == 0:
             return self.beta.expand(len(labels))
+        labels = labels.long()  # unsigned types have no minimum
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= len(self.beta)):
             raise ValueError(
                 f"labels must lie in [0, {len(self.beta)}), one beta per class; found {int(labels.min())} to "
                 f"{int(labels.max())}. Raise num_classes, or pass num_classes=None for one beta for all."
             )
-        return self.beta.index_select(0, labels.long())
+        return self.beta.index_select(0, labels)
 
     def _given(self, batch: Batch, beta: Tensor, triplets: Triplets) -> tuple[Tensor, Tensor]:
         """The sum of losses, and how many pairs have one."""

@@ -71,7 +71,7 @@ class EmbeddingMemory(nn.Module):
         Raises ValueError for other shapes and types, and for NaN or infinity: the memory stays as it was.
         """
         self._check(embeddings, labels)
-        check_values(embeddings, "embeddings")
+        check_values(embeddings.to(self.rows), "embeddings")  # as they will be kept
         kept = min(len(labels), self.size)
         first = self.added + len(labels) - kept
         place = (torch.arange(kept, device=self.rows.device) + first % self.size) % self.size

@@ -187,7 +187,9 @@ def test_labels_of_any_integer_type_and_value_are_told_apart(make: Make, kind: s
     loss = make()
     expected = loss(x, labels).item()
     if isinstance(loss, MarginBasedLoss):
-        assert loss(x, labels.to(torch.uint8)).item() == expected
+        for unsigned in (torch.uint8, torch.uint16, torch.uint32):
+            itself = torch.arange(24).to(unsigned)
+            assert loss(x, labels.to(unsigned), None, x, labels, self_index=itself).item() == expected
         return
     shift, dtype = {
         "above 2^24": (2**24, torch.int64),
