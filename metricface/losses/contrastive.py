@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from metricface.choices import check_choice, is_number
 from metricface.identities import find_identities
-from metricface.losses.every_pair import every_contrastive_pair
+from metricface.losses.every_pair import PairSums, every_contrastive_pair
 from metricface.losses.gathering import distances_of
 from metricface.losses.reduction import mean_over
-from metricface.tuples import as_pairs, check_batch
+from metricface.tuples import Batch, as_pairs, check_batch
 
 ContrastiveReduction = Literal["mean", "sum"]
 
@@ -70,7 +70,7 @@ class ContrastiveLoss(nn.Module):
         """
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
         if indices_tuple is None:
-            total, sums = every_contrastive_pair(batch, find_identities(batch), margin=self.margin)
+            total, sums = self._without_tuple(batch)
             number = sums.positives + sums.negatives
         else:
             pairs = as_pairs(indices_tuple, batch.labels, batch.ref_labels)
@@ -80,6 +80,10 @@ class ContrastiveLoss(nn.Module):
             losses = contrastive(distances_of(batch, anchors, references, "euclidean"), same, margin=self.margin)
             total, number = losses.sum(), losses.new_full((), len(losses), dtype=torch.long)
         return total if self.reduction == "sum" else mean_over(total, number)
+
+    def _without_tuple(self, batch: Batch) -> tuple[Tensor, PairSums]:
+        """The sum of losses, and what the pairs are like."""
+        return every_contrastive_pair(batch, find_identities(batch), margin=self.margin)
 
     def extra_repr(self) -> str:
         """Shown by print(loss)."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from metricface.choices import is_count, is_number
 from metricface.identities import find_identities
-from metricface.losses.every_pair import every_margin_based_pair
+from metricface.losses.every_pair import PairSums, every_margin_based_pair
 from metricface.losses.gathering import distances_of
 from metricface.losses.reduction import mean_over
 from metricface.tuples import Batch, Triplets, as_triplets, check_batch
@@ -91,13 +91,17 @@ class MarginBasedLoss(nn.Module):
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=True)
         beta = self._beta_of(batch.labels).to(batch.embeddings.dtype)  # (B,)
         if indices_tuple is None:
-            identities = find_identities(batch)
-            # A positive pair is in one triplet for each negative of its anchor, a negative pair the reverse.
-            total, sums = every_margin_based_pair(
-                batch, identities, beta, identities.negatives, identities.positives, alpha=self.alpha, nu=self.nu
-            )
+            total, sums = self._without_tuple(batch, beta)
             return mean_over(total, sums.active_positives + sums.active_negatives)
         return mean_over(*self._given(batch, beta, as_triplets(indices_tuple, batch.labels, batch.ref_labels)))
+
+    def _without_tuple(self, batch: Batch, beta: Tensor) -> tuple[Tensor, PairSums]:
+        """The sum of losses, and what the pairs are like. beta: (B,)."""
+        identities = find_identities(batch)
+        # A positive pair is in one triplet for each negative of its anchor, a negative pair the reverse.
+        return every_margin_based_pair(
+            batch, identities, beta, identities.negatives, identities.positives, alpha=self.alpha, nu=self.nu
+        )
 
     def _beta_of(self, labels: Tensor) -> Tensor:
         if self.beta.ndim == 0:

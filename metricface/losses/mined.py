@@ -13,41 +13,27 @@ from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metricface.choices import check_choice, is_number
 from metricface.diagnostics import TripletSums, triplet_sums
 from metricface.identities import Identities, find_identities
 from metricface.losses.contrastive import ContrastiveLoss, ContrastiveReduction
-from metricface.losses.every_pair import every_contrastive_pair, every_margin_based_pair
+from metricface.losses.every_pair import PairSums, every_contrastive_pair, every_margin_based_pair
 from metricface.losses.every_triplet import Margin, every_triplet, nothing
 from metricface.losses.margin_based import MarginBasedLoss
-from metricface.losses.reduction import mean_over
 from metricface.losses.streaming import Gradients, Totals, streamed
 from metricface.losses.triplet import TripletLoss, TripletReduction, triplet
 from metricface.miners import kernels
 from metricface.miners.semi_hard import SemiHardFallback
 from metricface.miners.tiles import Tile, check_tile_rows, tiles
-from metricface.tuples import Batch, check_batch
+from metricface.tuples import Batch
 
 
-class _MinedTripletLoss(TripletLoss):
-    """A triplet loss that chooses its triplets itself."""
+class _Mining(nn.Module):
+    """Before a loss in the order of bases: it mines for itself, and says what it saw."""
 
     last: dict[str, Tensor] | None = None
-
-    def __init__(
-        self,
-        margin: Margin = 0.2,
-        *,
-        squared: bool = True,
-        normalize: bool = True,
-        reduction: TripletReduction = "mean",
-        tile_rows: int | None = None,
-    ) -> None:
-        super().__init__(margin, squared=squared, normalize=normalize, reduction=reduction)
-        check_tile_rows(tile_rows)
-        self.tile_rows = tile_rows
 
     def forward(
         self,
@@ -63,18 +49,41 @@ class _MinedTripletLoss(TripletLoss):
 
         embeddings: (B, D); labels: (B,) integers; ref_emb (R, D), ref_labels (R,), self_index (B,): as the miners take
         them. indices_tuple: None; it is there so that pytorch-metric-learning's MultipleLosses can call this. No
-        triplet at all: 0, with gradient 0. Raises ValueError for malformed or non-finite input, and for a tuple.
+        triplet or pair at all: 0, with gradient 0. Raises ValueError for malformed or non-finite input and for a tuple.
         """
-        _check_no_tuple(self, indices_tuple)
-        batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
+        if indices_tuple is not None:
+            raise ValueError(
+                f"{type(self).__name__} mines for itself and takes no miner's tuple; found one of {len(indices_tuple)} "
+                "tensors. Leave the miner out, or use TripletLoss, ContrastiveLoss or MarginBasedLoss with it."
+            )
+        value: Tensor = super().forward(embeddings, labels, None, ref_emb, ref_labels, self_index=self_index)
+        return value
+
+
+class _MinedTripletLoss(_Mining, TripletLoss):
+    """A triplet loss that chooses its triplets itself."""
+
+    def __init__(
+        self,
+        margin: Margin = 0.2,
+        *,
+        squared: bool = True,
+        normalize: bool = True,
+        reduction: TripletReduction = "mean",
+        tile_rows: int | None = None,
+    ) -> None:
+        super().__init__(margin, squared=squared, normalize=normalize, reduction=reduction)
+        check_tile_rows(tile_rows)
+        self.tile_rows = tile_rows
+
+    def _without_tuple(self, batch: Batch) -> tuple[Tensor, TripletSums]:
         identities = find_identities(batch)
         total, sums = self._mine(batch, identities)
-        with_positive = (identities.positives > 0).sum()
-        self.last = sums.statistics(with_positive) | _without_partner(identities)
+        self.last = sums.statistics((identities.positives > 0).sum()) | _without_partner(identities)
         self.last |= {
             "anchors_dropped": ((identities.positives > 0) & (identities.negatives > 0)).sum() - sums.anchors,
         }
-        return self._reduced(total, sums.active, sums.triplets)
+        return total, sums
 
     @abstractmethod
     def _mine(self, batch: Batch, identities: Identities) -> tuple[Tensor, TripletSums]:
@@ -106,7 +115,7 @@ class BatchAllTripletLoss(_MinedTripletLoss):
 
 
 class _Choice(NamedTuple):
-    """Triplets of a tile: the place of each positive in `same`, its negative, and whether it counts. (b, m) each."""
+    """Triplets of a tile: the place of each in `positive`, its negative, and whether it counts. (b, m) each."""
 
     place: Tensor
     negative: Tensor
@@ -210,14 +219,12 @@ class SemiHardTripletLoss(_ChoosingTripletLoss):
         return _Choice(place, torch.where(state.found, state.column, instead.column[:, None]), tile.is_positive)
 
 
-class AllPairsContrastiveLoss(ContrastiveLoss):
+class AllPairsContrastiveLoss(_Mining, ContrastiveLoss):
     """The contrastive loss over every ordered pair of a batch: ContrastiveLoss without a tuple, and `last`.
 
     margin, normalize, reduction: as there. tile_rows: anchors worked on at a time, None to choose by size and device.
     Source: Hadsell, Chopra, LeCun 2006, Dimensionality Reduction by Learning an Invariant Mapping, eq. 4.
     """
-
-    last: dict[str, Tensor] | None = None
 
     def __init__(
         self,
@@ -231,26 +238,14 @@ class AllPairsContrastiveLoss(ContrastiveLoss):
         check_tile_rows(tile_rows)
         self.tile_rows = tile_rows
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: Sequence[Tensor] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        self_index: Tensor | None = None,
-    ) -> Tensor:
-        """Loss of a batch; arguments, result and errors as of BatchAllTripletLoss. No pair at all: 0."""
-        _check_no_tuple(self, indices_tuple)
-        batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
+    def _without_tuple(self, batch: Batch) -> tuple[Tensor, PairSums]:
         identities = find_identities(batch)
         total, sums = every_contrastive_pair(batch, identities, margin=self.margin, tile_rows=self.tile_rows)
         self.last = sums.statistics() | _without_partner(identities)
-        return total if self.reduction == "sum" else mean_over(total, sums.positives + sums.negatives)
+        return total, sums
 
 
-class AllPairsMarginBasedLoss(MarginBasedLoss):
+class AllPairsMarginBasedLoss(_Mining, MarginBasedLoss):
     """The margin-based loss over every ordered pair of a batch, each once.
 
     (sum of [alpha + d_ap - beta]+ over positive pairs + sum of [alpha + beta - d_an]+ over negative pairs + nu x sum
@@ -259,8 +254,6 @@ class AllPairsMarginBasedLoss(MarginBasedLoss):
     anchors worked on at a time, None to choose by size and device.
     Source: Wu et al. 2017, Sampling Matters in Deep Embedding Learning, eq. 4, without their sampling.
     """
-
-    last: dict[str, Tensor] | None = None
 
     def __init__(
         self,
@@ -276,33 +269,13 @@ class AllPairsMarginBasedLoss(MarginBasedLoss):
         check_tile_rows(tile_rows)
         self.tile_rows = tile_rows
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: Sequence[Tensor] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        self_index: Tensor | None = None,
-    ) -> Tensor:
-        """Loss of a batch; arguments, result and errors as of BatchAllTripletLoss. Nothing active: 0."""
-        _check_no_tuple(self, indices_tuple)
-        batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=True)
-        beta = self._beta_of(batch.labels).to(batch.embeddings.dtype)  # (B,)
+    def _without_tuple(self, batch: Batch, beta: Tensor) -> tuple[Tensor, PairSums]:
         identities, once = find_identities(batch), torch.ones_like(batch.self_index)
         total, sums = every_margin_based_pair(
-            batch,
-            identities,
-            beta,
-            once,
-            once,
-            alpha=self.alpha,
-            nu=self.nu,
-            tile_rows=self.tile_rows,
+            batch, identities, beta, once, once, alpha=self.alpha, nu=self.nu, tile_rows=self.tile_rows
         )
         self.last = sums.statistics() | _without_partner(identities)
-        return mean_over(total, sums.active_positives + sums.active_negatives)
+        return total, sums
 
 
 def _without_partner(identities: Identities) -> dict[str, Tensor]:
@@ -310,12 +283,3 @@ def _without_partner(identities: Identities) -> dict[str, Tensor]:
         "anchors_without_positive": (identities.positives == 0).sum(),
         "anchors_without_negative": (identities.negatives == 0).sum(),
     }
-
-
-def _check_no_tuple(loss: torch.nn.Module, indices_tuple: Sequence[Tensor] | None) -> None:
-    if indices_tuple is not None:
-        name = type(loss).__name__
-        raise ValueError(
-            f"{name} mines for itself and takes no miner's tuple; found one of {len(indices_tuple)} tensors. Leave the "
-            "miner out, or use TripletLoss, ContrastiveLoss or MarginBasedLoss with it."
-        )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metricface.choices import check_choice, is_number
+from metricface.diagnostics import TripletSums
 from metricface.distances import Distance
 from metricface.identities import find_identities
 from metricface.losses.every_triplet import Margin, every_triplet
@@ -83,10 +84,14 @@ class TripletLoss(nn.Module):
         """
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, self_index, normalize=self.normalize)
         if indices_tuple is None:
-            total, sums = every_triplet(batch, find_identities(batch), margin=self.margin, squared=self.squared)
+            total, sums = self._without_tuple(batch)
             return self._reduced(total, sums.active, sums.triplets)
         losses = self._given(batch, as_triplets(indices_tuple, batch.labels, batch.ref_labels))
         return self._reduced(losses.sum(), (losses > 0).sum(), losses.new_full((), len(losses), dtype=torch.long))
+
+    def _without_tuple(self, batch: Batch) -> tuple[Tensor, TripletSums]:
+        """The sum of losses, and what the triplets are like."""
+        return every_triplet(batch, find_identities(batch), margin=self.margin, squared=self.squared)
 
     def _reduced(self, total: Tensor, active: Tensor, triplets: Tensor) -> Tensor:
         if self.reduction == "sum":
