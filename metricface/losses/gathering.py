@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from metricface.distances import Distance, centred, paired, pairwise, safe_sqrt, sq_distances
+from metricface.losses.streaming import CLOSE
 from metricface.tuples import Batch
 
 # Row copies up to this many numbers (64 MB in float32) are made without looking for something smaller.
@@ -60,7 +61,7 @@ def distance_matrix(x: Tensor, y: Tensor, distance: Distance) -> Tensor:
     with torch.no_grad():
         sq_norms = moved_x.square().sum(dim=1, keepdim=True) + moved_y.square().sum(dim=1)  # (Q, 1) + (R,)
         # Where both rows are the centre itself, as in a batch of equal rows, the product is exact: 0.
-        close = (sq_dist <= sq_norms.mul_(256 * torch.finfo(sq_dist.dtype).eps)) & (sq_norms > 0)
+        close = (sq_dist <= sq_norms.mul_(CLOSE * torch.finfo(sq_dist.dtype).eps)) & (sq_norms > 0)
         rows, columns = close.nonzero(as_tuple=True)
     sq_dist = sq_dist.index_put((rows, columns), _subtracted(x, y, rows, columns))
     return sq_dist if distance == "squared_euclidean" else safe_sqrt(sq_dist)

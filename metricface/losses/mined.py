@@ -207,8 +207,7 @@ class SemiHardTripletLoss(_ChoosingTripletLoss):
     def _choose(self, tile: Tile) -> _Choice:
         sq_upper = kernels.sq_reach(tile.sq_positive, self.window, self.distance)
         state = kernels.SemiHard(tile.sq_positive, sq_upper, tile.depths, rounding=tile.rounding)
-        other = {"skip": None, "hardest": kernels.Nearest, "easiest": kernels.Farthest}[self.fallback]
-        instead = None if other is None else other(tile.anchors, tile.sq_positive.dtype)
+        instead = kernels.instead(tile, self.fallback)
         for block in tile.blocks():
             state.see(block)
             if instead is not None:

@@ -143,9 +143,7 @@ class Sample:
         """The `number` columns of what stayed, sorted by the first, else in order of arrival. empty: (0,) int64."""
         if self.limit is not None and self.seen > self.limit:
             self._prune(self.limit)
-        columns = [torch.cat([empty, *(part[i] for part in self._columns)]) for i in range(number)]
-        order = columns[0].argsort(stable=True)
-        return [column[order] for column in columns]
+        return joined([[empty] * number, *self._columns])
 
     @property
     def left_out(self) -> int:
@@ -197,9 +195,14 @@ def picked(tile: Tile, negative: Tensor, wanted: Tensor) -> Triplets:
     return Triplets(tile.anchors[row], tile.positive[row, place], negative[row, place])
 
 
-def joined(parts: Sequence[Triplets], batch: Batch) -> Triplets:
+def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The columns of all parts (at least one), sorted by the first column, else in order."""
+    columns = [torch.cat(part) for part in zip(*parts, strict=True)]
+    order = columns[0].argsort(stable=True)  # positives of an anchor stay ascending
+    return [column[order] for column in columns]
+
+
+def triplets_of(parts: Sequence[Triplets], batch: Batch) -> Triplets:
     """The triplets of all tiles, anchors ascending."""
     empty = batch.labels.new_empty(0, dtype=torch.long)
-    columns = [torch.cat([empty, *(part[i] for part in parts)]) for i in range(3)]
-    order = columns[0].argsort(stable=True)  # positives of an anchor stay ascending
-    return Triplets(*(column[order] for column in columns))
+    return Triplets(*joined([[empty] * 3, *parts]))

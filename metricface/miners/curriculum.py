@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from metricface.choices import is_count
-from metricface.miners.base import uniform
+from metricface.miners.base import joined, uniform
 from metricface.tuples import Triplets, as_triplets
 
 
@@ -76,6 +76,4 @@ class CurriculumMiner(nn.Module):
         goes_on = uniform(len(labels), embeddings.device, self.generator) < share  # (B,)
         first, then = mined(self.first), mined(self.then)
         left, right = ~goes_on[first.anchor], goes_on[then.anchor]
-        both = [torch.cat([a[left], b[right]]) for a, b in zip(first, then, strict=True)]
-        order = both[0].argsort(stable=True)
-        return Triplets(*(column[order] for column in both))
+        return Triplets(*joined([[column[left] for column in first], [column[right] for column in then]]))

@@ -9,7 +9,7 @@ from metricface.choices import check_choice, is_number
 from metricface.distances import Distance, check_distance
 from metricface.identities import Identities, negative_of, positive_pairs
 from metricface.miners import fixed_shape, kernels
-from metricface.miners.base import Chosen, TripletMiner, check_unit, for_each_pair, joined, picked
+from metricface.miners.base import Chosen, TripletMiner, check_unit, for_each_pair, picked, triplets_of
 from metricface.miners.fixed_shape import MaskedTriplets
 from metricface.miners.tiles import RUN, tiles
 from metricface.tuples import Batch, Triplets
@@ -73,7 +73,7 @@ class BatchHardMiner(TripletMiner):
             place = kernels.farthest(tile.sq_positive, tile.is_positive)
             positive = tile.positive.gather(1, place[:, None])[:, 0]
             parts.append(Triplets(tile.anchors, positive, kernels.nearest(tile).column))
-        return Chosen(joined(parts, batch), has_positive.sum(), (has_positive & ~has_negative).sum())
+        return Chosen(triplets_of(parts, batch), has_positive.sum(), (has_positive & ~has_negative).sum())
 
 
 class EasyPositiveMiner(TripletMiner):
@@ -123,7 +123,7 @@ class EasyPositiveMiner(TripletMiner):
                 negative, found = window.column, window.found
             kept = found[:, 0]
             parts.append(Triplets(tile.anchors[kept], positive[kept, 0], negative[kept, 0]))
-        triplets = joined(parts, batch)
+        triplets = triplets_of(parts, batch)
         pairs = (identities.positives > 0).sum()
         return Chosen(triplets, pairs, pairs - len(triplets.anchor))
 
@@ -224,7 +224,7 @@ class DistanceWeightedMiner(TripletMiner):
             with_eligible += wanted.sum()
             parts.append(picked(tile, negative, tile.is_positive if self.fallback == "uniform" else wanted))
         pairs = identities.positives.sum()
-        return Chosen(joined(parts, batch), pairs, pairs - with_eligible)
+        return Chosen(triplets_of(parts, batch), pairs, pairs - with_eligible)
 
     def _weights(self, sq_negative: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Weights (b, C) of the negatives, by distance or, if the fallback asks for it, equal; (b,) by distance."""
@@ -278,7 +278,7 @@ class RandomHardMiner(TripletMiner):
                 column, found[:rows, j] = kernels.draw(violating, draws[tile.pair[:rows, j, None]])
                 negative[:rows, j] = column[:, 0]
             parts.append(picked(tile, negative, tile.is_positive & found))
-        triplets = joined(parts, batch)
+        triplets = triplets_of(parts, batch)
         pairs = identities.positives.sum()
         return Chosen(triplets, pairs, pairs - len(triplets.anchor))
 

@@ -8,6 +8,7 @@ steps, a plain argmin being several times slower than a vectorised minimum.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -88,6 +89,14 @@ class Farthest(Nearest):
         values = block.sq_negative
         most, column = first_max(values.masked_fill(values == torch.inf, -torch.inf))
         self._merge(-most, column, block.start)
+
+
+def instead(tile: Tile, fallback: Literal["skip", "easiest", "hardest"]) -> Nearest | None:
+    """What finds the negative that a fallback takes: the farthest, the closest, or none for "skip"."""
+    if fallback == "skip":
+        return None
+    kind = Nearest if fallback == "hardest" else Farthest
+    return kind(tile.anchors, tile.sq_positive.dtype)
 
 
 def sq_reach(sq_dist: Tensor, margin: float, distance: Distance) -> Tensor:

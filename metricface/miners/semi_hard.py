@@ -116,7 +116,7 @@ class SemiHardMiner(TripletMiner):
         """Add what the windows of a tile hold, or the fallback. Returns in how many windows there was something."""
         sq_upper = kernels.sq_reach(tile.sq_positive, self.margin, self.distance)
         window = kernels.SemiHard(tile.sq_positive, sq_upper, tile.depths, rounding=tile.rounding)
-        other = self._instead(tile)
+        other = kernels.instead(tile, self.fallback)
         for block in tile.blocks():
             if other is not None:
                 other.see(block)
@@ -154,12 +154,6 @@ class SemiHardMiner(TripletMiner):
         order = row.argsort(stable=True)  # anchor by anchor, so that a sample does not depend on the tile
         sample.add(tile.anchors[row[order]], positive[order], negative[order])
         return in_window
-
-    def _instead(self, tile: Tile) -> kernels.Nearest | None:
-        if self.fallback == "skip":
-            return None
-        kind = kernels.Nearest if self.fallback == "hardest" else kernels.Farthest
-        return kind(tile.anchors, tile.sq_positive.dtype)
 
 
 def _drawn(tile: Tile, window: kernels.SemiHard, row_block: Block, draws: Tensor) -> tuple[Tensor, Tensor]:
