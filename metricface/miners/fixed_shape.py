@@ -5,6 +5,7 @@ gets its fixed number of places, and a mask says which of them hold a triplet. N
 too: embeddings with NaN give triplets that mean nothing.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from metricface.choices import is_count
 from metricface.distances import Distance, centred, full_precision, sq_distances, unit_rows
 from metricface.identities import find_identities, own_references
 from metricface.miners import kernels
+from metricface.miners.base import TripletMiner
 from metricface.miners.tiles import RUN, block_shape, for_cosine, rounding_of
 from metricface.tuples import Batch, Triplets
 
@@ -51,6 +53,55 @@ class Masked(NamedTuple):
     positive: Tensor  # (B, M) reference rows
     is_positive: Tensor  # (B, M)
     left_out: Tensor  # 0-dim
+
+
+class FixedShapeMiner(TripletMiner):
+    """A miner of triplets whose result can also be had in a fixed shape."""
+
+    distance: Distance
+    generator: torch.Generator | None = None
+
+    @torch.no_grad()
+    def masked(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        self_index: Tensor | None = None,
+        max_positives: int,
+    ) -> MaskedTriplets:
+        """The triplets in a fixed shape: one place an anchor, T = B, where the miner takes one triplet an anchor, else
+        one for each of an anchor's positives, T = B x max_positives.
+
+        For torch.compile(fullgraph=True): no synchronisation with the device, and so no check of values. Arguments as
+        of forward. max_positives: of an anchor with more positives the first so many take part, by the order of their
+        rows; how many pairs that leaves out is in the result. Draws come from torch's global generator. Raises
+        ValueError for a generator of the miner's own, which torch.compile cannot trace, and for a miner that may form
+        several triplets a pair.
+        """
+        if self.generator is not None:
+            raise ValueError(
+                f"{type(self).__name__}.masked draws from torch's global generator; this miner has its own generator. "
+                "Leave it out."
+            )
+        return self._masked(
+            prepare(
+                embeddings,
+                labels,
+                ref_emb,
+                ref_labels,
+                self_index,
+                max_positives=max_positives,
+                normalize=self.normalize,
+                distance=self.distance,
+            )
+        )
+
+    @abstractmethod
+    def _masked(self, prepared: Masked) -> MaskedTriplets:
+        """Choose triplets in a fixed shape."""
 
 
 def prepare(

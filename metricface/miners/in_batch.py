@@ -10,7 +10,7 @@ from metricface.distances import Distance, check_distance
 from metricface.identities import Identities, negative_of, positive_pairs
 from metricface.miners import fixed_shape, kernels
 from metricface.miners.base import Chosen, TripletMiner, check_unit, for_each_pair, picked, triplets_of
-from metricface.miners.fixed_shape import MaskedTriplets
+from metricface.miners.fixed_shape import FixedShapeMiner, MaskedTriplets
 from metricface.miners.tiles import RUN, tiles
 from metricface.tuples import Batch, Triplets
 
@@ -18,7 +18,7 @@ WeightedFallback = Literal["skip", "uniform"]
 EasyPositiveNegative = Literal["semi_hard", "hardest"]
 
 
-class BatchHardMiner(TripletMiner):
+class BatchHardMiner(FixedShapeMiner):
     """For each anchor its farthest positive and its closest negative.
 
     Anchors without a positive or without a negative are left out. Exact ties take the lowest index.
@@ -37,33 +37,7 @@ class BatchHardMiner(TripletMiner):
         """Settings, as in the constructor."""
         return f"distance={self.distance!r}, normalize={self.normalize}"
 
-    @torch.no_grad()
-    def masked(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        self_index: Tensor | None = None,
-        max_positives: int,
-    ) -> MaskedTriplets:
-        """The triplets in a fixed shape, one place an anchor: T = B.
-
-        For torch.compile(fullgraph=True): no synchronisation with the device, and so no check of values. Arguments as
-        of forward. max_positives: of an anchor with more positives the first so many take part, by the order of their
-        rows; how many pairs that leaves out is in the result.
-        """
-        prepared = fixed_shape.prepare(
-            embeddings,
-            labels,
-            ref_emb,
-            ref_labels,
-            self_index,
-            max_positives=max_positives,
-            normalize=self.normalize,
-            distance=self.distance,
-        )
+    def _masked(self, prepared: fixed_shape.Masked) -> MaskedTriplets:
         return fixed_shape.hardest(prepared, self.tile_rows)
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
@@ -128,7 +102,7 @@ class EasyPositiveMiner(TripletMiner):
         return Chosen(triplets, pairs, pairs - len(triplets.anchor))
 
 
-class DistanceWeightedMiner(TripletMiner):
+class DistanceWeightedMiner(FixedShapeMiner):
     """Each ordered positive pair once, with one negative drawn so that all distances get their turn.
 
     A negative at distance d is drawn with chances 1 / q(d), q being the density of distances between random points of
@@ -159,6 +133,7 @@ class DistanceWeightedMiner(TripletMiner):
                 f"found cutoff={cutoff!r}, nonzero_loss_cutoff={nonzero_loss_cutoff!r}."
             )
         check_choice("fallback", fallback, get_args(WeightedFallback))
+        self.distance = "euclidean"
         self.cutoff, self.nonzero_loss_cutoff = cutoff, nonzero_loss_cutoff
         self.fallback, self.generator = fallback, generator
 
@@ -167,43 +142,10 @@ class DistanceWeightedMiner(TripletMiner):
         cutoffs = f"cutoff={self.cutoff}, nonzero_loss_cutoff={self.nonzero_loss_cutoff}"
         return f"{cutoffs}, fallback={self.fallback!r}, normalize={self.normalize}"
 
-    @torch.no_grad()
-    def masked(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        self_index: Tensor | None = None,
-        max_positives: int,
-    ) -> MaskedTriplets:
-        """The triplets in a fixed shape, one place for each of an anchor's positives: T = B x max_positives.
-
-        For torch.compile(fullgraph=True): no synchronisation with the device, and so no check of values. Arguments as
-        of forward. max_positives: of an anchor with more positives the first so many take part, by the order of their
-        rows; how many pairs that leaves out is in the result. Draws come from torch's global generator. Raises
-        ValueError for a generator of the miner's own, which torch.compile cannot trace.
-        """
-        if self.generator is not None:
-            raise ValueError(
-                "DistanceWeightedMiner.masked draws from torch's global generator; this miner has its own. "
-                "Leave it out."
-            )
-        prepared = fixed_shape.prepare(
-            embeddings,
-            labels,
-            ref_emb,
-            ref_labels,
-            self_index,
-            max_positives=max_positives,
-            normalize=self.normalize,
-            distance="euclidean",
-        )
+    def _masked(self, prepared: fixed_shape.Masked) -> MaskedTriplets:
         draws = torch.rand_like(prepared.is_positive, dtype=torch.float64)
-        rule = fixed_shape.weighted_rule(
-            embeddings.shape[1], self.cutoff, self.nonzero_loss_cutoff, self.fallback, draws
-        )
+        dim = prepared.batch.embeddings.shape[1]
+        rule = fixed_shape.weighted_rule(dim, self.cutoff, self.nonzero_loss_cutoff, self.fallback, draws)
         return fixed_shape.mine(prepared, rule, self.tile_rows)
 
     def _choose(self, batch: Batch, identities: Identities) -> Chosen:
@@ -211,7 +153,7 @@ class DistanceWeightedMiner(TripletMiner):
             check_unit(batch)
         draws = for_each_pair(batch, identities, self.generator)
         parts, with_eligible = [], identities.size.new_zeros(())
-        for tile in tiles(batch, identities, "euclidean", tile_rows=self.tile_rows, whole_rows=True):
+        for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows, whole_rows=True):
             (block,) = tile.blocks()
             weights, eligible = self._weights(block.sq_negative, batch.ref_emb.shape[1])
             of_pairs, negative = draws[tile.pair], torch.zeros_like(tile.positive)

@@ -9,8 +9,8 @@ from metricface.choices import check_choice, is_number
 from metricface.distances import Distance, check_distance
 from metricface.identities import Identities
 from metricface.miners import fixed_shape, kernels
-from metricface.miners.base import Chosen, Sample, TripletMiner, check_limit, for_each_pair, picked
-from metricface.miners.fixed_shape import MaskedTriplets
+from metricface.miners.base import Chosen, Sample, check_limit, for_each_pair, picked
+from metricface.miners.fixed_shape import FixedShapeMiner, MaskedTriplets
 from metricface.miners.tiles import Block, Tile, tiles
 from metricface.tuples import Batch, Triplets
 
@@ -18,7 +18,7 @@ Negative = Literal["hardest", "random", "all"]
 SemiHardFallback = Literal["skip", "easiest", "hardest"]
 
 
-class SemiHardMiner(TripletMiner):
+class SemiHardMiner(FixedShapeMiner):
     """One semi-hard negative for each ordered positive pair, or all of them: d_ap < d_an < d_ap + margin, strictly.
 
     margin: > 0, in units of `distance`; infinite: any negative farther than the positive.
@@ -64,39 +64,9 @@ class SemiHardMiner(TripletMiner):
             f"distance={self.distance!r}, normalize={self.normalize}"
         )
 
-    @torch.no_grad()
-    def masked(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        *,
-        self_index: Tensor | None = None,
-        max_positives: int,
-    ) -> MaskedTriplets:
-        """The triplets in a fixed shape, one place for each of an anchor's positives: T = B x max_positives.
-
-        For torch.compile(fullgraph=True): no synchronisation with the device, and so no check of values. Arguments as
-        of forward. max_positives: of an anchor with more positives the first so many take part, by the order of their
-        rows; how many pairs that leaves out is in the result. Draws come from torch's global generator. Raises
-        ValueError for a generator of the miner's own, which torch.compile cannot trace, and for negative="all".
-        """
-        if self.negative == "all" or self.generator is not None:
-            raise ValueError(
-                "SemiHardMiner.masked takes one negative a pair, drawn by torch's global generator; this miner has "
-                f"negative={self.negative!r} and {'no' if self.generator is None else 'its own'} generator."
-            )
-        prepared = fixed_shape.prepare(
-            embeddings,
-            labels,
-            ref_emb,
-            ref_labels,
-            self_index,
-            max_positives=max_positives,
-            normalize=self.normalize,
-            distance=self.distance,
-        )
+    def _masked(self, prepared: fixed_shape.Masked) -> MaskedTriplets:
+        if self.negative == "all":
+            raise ValueError("SemiHardMiner.masked takes one negative a pair; this miner has negative='all'.")
         draws = torch.rand_like(prepared.is_positive, dtype=torch.float64) if self.negative == "random" else None
         rule = fixed_shape.semi_hard_rule(self.margin, self.distance, self.fallback, draws)
         return fixed_shape.mine(prepared, rule, self.tile_rows)
