@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What each part may import of our own; a longer name wins over a shorter one. `samplers` is a floor of its own.
-FLOOR_0 = {"metricface.choices", "metricface.distances", "metricface.identities", "metricface.tuples"}
+FLOOR_0 = {"metricface.choices", "metricface.distances", "metricface.identities", "metricface.products", "metricface.tuples"}
 DATA = {"metricface.data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "samplers": {"samplers"},
@@ -20,7 +20,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metricface.identities": {"metricface.tuples"},
     "metricface.diagnostics": FLOOR_0,
     "metricface.miners": FLOOR_0 | {"metricface.miners"},
-    "metricface.losses": FLOOR_0 | {"metricface.diagnostics", "metricface.losses", "metricface.miners"},
+    "metricface.losses": FLOOR_0
+    | {"metricface.diagnostics", "metricface.heads", "metricface.losses", "metricface.miners"},
+    "metricface.products": {"metricface.distances"},
     "metricface.heads": FLOOR_0 | {"metricface.heads"},
     "metricface.models": {"metricface.models"},
     "metricface.models.embedder": {"metricface.atomic", "metricface.models", "metricface.distances"} | DATA,

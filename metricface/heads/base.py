@@ -1,4 +1,4 @@
-"""What every head has: a class matrix, checked input, full-precision logits, and cross-entropy."""
+"""What every head has: a class matrix, checked input, a sum over the other classes, a logit for the own class."""
 
 from abc import ABC, abstractmethod
 
@@ -6,21 +6,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metricface.choices import is_count
-from metricface.distances import full_precision, without_autocast
+from metricface.choices import is_count, is_number
+from metricface.distances import full_precision, unit_rows, without_autocast
+from metricface.heads.target import Target
+from metricface.products import Others, Reduction, Transform, inverse_lengths, reduce_others
 from metricface.tuples import check_values
+
+# Above it softplus(x) is x to the last bit in float64, too (by default torch stops at 20).
+STRAIGHT = 40.0
+# Rows of embeddings that are added up at a time for class means.
+ROWS = 1 << 14
 
 
 class Head(nn.Module, ABC):
     """A class matrix `weight` (C, D) under a cross-entropy; subclasses say what the logits are.
 
-    Initialised from N(0, 0.01^2), from `generator` or else from torch's global one. Where a head normalises its
-    weights only their direction counts; their length then sets how far a first step of the optimiser turns them.
-    Logits and loss are computed in float32 (float64 for a float64 head) whatever autocast says, and the weight keeps
-    its own type.
+    The cross-entropy is softplus(N - t), N the log-sum-exp of the logits of the other classes and t the logit of the
+    label's: a margin touches B numbers. Initialised from N(0, 0.01^2), from `generator` or else from torch's global
+    one. Where a head normalises its weights only their direction counts; their length then sets how far a first step
+    of the optimiser turns them. Logits and loss are computed in float32 (float64 for a float64 head) whatever autocast
+    says, and the weight keeps its own type.
+
+    streaming: never hold the B x C logits, but compute them a block at a time, twice: for the value and for the
+    gradient. Same value and gradient; the loss can be differentiated once, in either form.
+
+    `last`, after each call, holds 0-dim tensors: "accuracy", the share of rows whose label has the largest logit,
+    margins aside; "zero_embeddings", rows of zeros (they have no direction: cosine 0 with every class, gradient 0).
     """
 
-    def __init__(self, num_classes: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
+    unit_classes: bool = True  # whether the class vectors are divided by their lengths
+    last: dict[str, Tensor] | None = None
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        streaming: bool = False,
+        generator: torch.Generator | None = None,
+        vectors_per_class: int = 1,
+    ) -> None:
         super().__init__()
         if not is_count(num_classes) or not is_count(embedding_dim):
             raise ValueError(
@@ -29,12 +54,13 @@ class Head(nn.Module, ABC):
             )
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
+        self.streaming = streaming
+        self.vectors_per_class = vectors_per_class
+        self.weight = nn.Parameter(torch.empty(num_classes * vectors_per_class, embedding_dim))
         nn.init.normal_(self.weight, std=0.01, generator=generator)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of a batch, the mean over its B rows: a scalar in float32 (float64 for a float64
-        head), 0 for B = 0.
+        """Loss of a batch, the mean over its B rows: a scalar in float32 (float64 for a float64 head), 0 for B = 0.
 
         embeddings: (B, D) raw, of any floating type; labels: (B,) integers in [0, C).
         Raises ValueError for other shapes, types and ranges, and for NaN, infinite or overflowing embeddings.
@@ -42,22 +68,103 @@ class Head(nn.Module, ABC):
         self._check_embeddings(embeddings)
         labels = self._check_labels(labels, len(embeddings)).to(embeddings.device)  # from a loader: on the CPU
         with without_autocast(embeddings):
-            logits = self._training_logits(self._prepare(embeddings), labels)
-            return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+            losses = self._losses(self._prepare(embeddings), labels)
+            return losses.sum() / max(1, len(labels))
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Logits without any margin, for class predictions. embeddings: (B, D). Returns (B, C)."""
         self._check_embeddings(embeddings)
         with without_autocast(embeddings):
-            return self._plain_logits(self._prepare(embeddings))
+            weight = unit_rows(self.weight) if self.unit_classes else full_precision(self.weight)
+            products = F.linear(self._queries(self._prepare(embeddings)), weight, self._bias())
+            return products if self.vectors_per_class == 1 else self._grouped(products).amax(dim=2)
+
+    @torch.no_grad()
+    def class_weights_from(self, embeddings: Tensor, labels: Tensor) -> int:
+        """Set each class's weights to the mean of its embeddings, for a warm start of the head on a trained network.
+
+        embeddings: (N, D) as the network gives them, on any device; labels: (N,) integers in [0, C). Heads that divide
+        by lengths average directions: the mean of unit rows, scaled to the length that the weights have had on average.
+        Returns how many classes have no embedding (or a mean of zero); their weights stay. Raises ValueError as
+        `forward` does.
+        """
+        self._check_embeddings(embeddings)
+        labels = self._check_labels(labels, len(embeddings))
+        means, found = self._class_means(embeddings, labels)
+        self._set_classes(means, found, embeddings, labels)
+        return self.num_classes - int(found.sum())
+
+    def _class_means(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, D) means in full precision and (C,) whether there is one."""
+        weight = full_precision(self.weight)
+        sums = weight.new_zeros(self.num_classes, self.embedding_dim)
+        for start in range(0, len(labels), ROWS):
+            some = embeddings[start : start + ROWS].to(weight.device, weight.dtype)
+            sums.index_add_(0, labels[start : start + ROWS].to(weight.device), self._rows_for_means(some))
+        counts = torch.bincount(labels.to(weight.device), minlength=self.num_classes)
+        means = sums.div_(counts.clamp_min(1)[:, None])
+        found = counts > 0
+        if self.unit_classes:
+            inverse = inverse_lengths(means)
+            length = torch.linalg.vector_norm(weight, dim=1).mean()
+            means, found = means.mul_(inverse[:, None] * length), found & (inverse > 0)
+        return means, found
+
+    def _rows_for_means(self, rows: Tensor) -> Tensor:
+        return unit_rows(rows) if self.unit_classes else rows
+
+    def _set_classes(self, means: Tensor, found: Tensor, embeddings: Tensor, labels: Tensor) -> None:
+        """means: (C, D), found: (C,) which of them to use."""
+        self.weight[found] = means[found].to(self.weight.dtype)
+
+    def target_cos(self, target: Target) -> Tensor:
+        """What stands for the cosine of the own class, margin and all: (B,) -> (B,). Drawn by `target_curve`."""
+        return target.cos
 
     @abstractmethod
-    def _plain_logits(self, embeddings: Tensor) -> Tensor:
-        """(B, D) in full precision -> a fresh (B, C), outside autocast."""
+    def _queries(self, x: Tensor) -> Tensor:
+        """(B, D) in full precision -> (B, D), whose products with the class vectors are the logits."""
 
-    def _training_logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """As the plain ones, with the margin applied at the labels. A margin changes B of the B x C in place."""
-        return self._plain_logits(embeddings)
+    @abstractmethod
+    def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        """(B, D) in full precision -> (B,)."""
+
+    def _others(
+        self,
+        queries: Tensor,
+        labels: Tensor,
+        *,
+        rows: Tensor | None = None,
+        transform: Transform | None = None,
+        extra: tuple[Tensor, ...] = (),
+        reduction: Reduction = "logsumexp",
+    ) -> Others:
+        """What the classes other than the labels come to; rows: (B,) the own class vectors where classes have some."""
+        others = reduce_others(
+            queries,
+            full_precision(self.weight),
+            labels[:, None],
+            labels if rows is None else rows,
+            unit_references=self.unit_classes,
+            bias=self._bias(),
+            group=self.vectors_per_class,
+            transform=transform,
+            extra=extra,
+            reduction=reduction,
+            hold=not self.streaming,
+        )
+        with torch.no_grad():
+            right = (others.own >= others.best).to(queries.dtype)
+            self.last = {"accuracy": right.mean(), "zero_embeddings": (queries == 0).all(dim=1).sum()}
+        return others
+
+    def _bias(self) -> Tensor | None:
+        """(C,) in full precision, added to the products, or none."""
+        return None
+
+    def _grouped(self, products: Tensor) -> Tensor:
+        """(B, C x K) -> (B, C, K)."""
+        return products.view(len(products), -1, self.vectors_per_class)
 
     def _prepare(self, embeddings: Tensor) -> Tensor:
         return embeddings.to(full_precision(self.weight).dtype)
@@ -88,4 +195,25 @@ class Head(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""
-        return f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}"
+        streaming = ", streaming=True" if self.streaming else ""
+        return f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}{streaming}"
+
+
+def cross_entropy(others: Tensor, own: Tensor) -> Tensor:
+    """Cross-entropy of each row: log(exp(others) + exp(own)) - own.
+
+    others: (B,) log-sum-exp of the other classes' logits, -inf where there is none; own: (B,). Returns (B,) >= 0.
+    """
+    return F.softplus(others - own, threshold=STRAIGHT)
+
+
+def check_number(name: str, value: object, least: float, most: float, *, least_too: bool = True) -> None:
+    """Raise ValueError unless `value` is a number in [least, most), or (least, most)."""
+    if not is_number(value) or value < least or value >= most or (value == least and not least_too):  # type: ignore[operator]
+        raise ValueError(f"{name} must lie in {'[' if least_too else '('}{least:g}, {most:g}); got {value!r}.")
+
+
+def check_scale(scale: object, name: str = "scale") -> None:
+    """Raise ValueError unless it is a finite number above 0."""
+    if not is_number(scale) or scale <= 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a finite number above 0; got {scale!r}.")

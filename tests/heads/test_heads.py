@@ -6,16 +6,16 @@ import pytest
 import torch
 from pytorch_metric_learning import losses as pml
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from metricface.heads import CosFace, Softmax
+from metricface import products
+from metricface.heads import AdaFace, CContrastive, CosFace, MagFace, Softmax, SphereFace2
 from metricface.heads.base import Head
+from tests.heads.kinds import EVERY_KIND, Kind, filled
 from tests.vectors import case
 
 AM = case("B3.am_softmax")["inputs"]
 X = torch.tensor(AM["X"], dtype=torch.float64)
 LABELS = torch.tensor(AM["labels"])
-HEADS = pytest.mark.parametrize("kind", [Softmax, CosFace])
 
 
 def with_weight(head: Head, rows: Any) -> Head:
@@ -94,25 +94,97 @@ def test_cosface_agrees_with_pmls_in_value_and_gradients() -> None:
         assert torch.allclose(left, right, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", [Softmax(3, 2), Softmax(3, 2, bias=False), CosFace(3, 2, scale=5.0)], ids=repr)
-def test_gradient_is_that_of_finite_differences(head: Head) -> None:
-    with_weight(head, AM["W_rows"])
+@EVERY_KIND
+@pytest.mark.parametrize("streaming", [False, True])
+def test_gradient_is_that_of_finite_differences(kind: Kind, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = filled(kind.make(6, 3, streaming=streaming)).eval()  # averages must not move between two calls
+    if isinstance(head, AdaFace):  # no gradient flows through its lengths: hold the margins that they give
+        monkeypatch.setattr(head, "quality", lambda lengths: torch.linspace(-1, 1, len(lengths)).double())
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 8.0
+    labels = torch.tensor([0, 3, 3, 5, 1])
     parameters = dict(head.named_parameters())
 
     def value(x: Tensor, *values: Tensor) -> Tensor:
         replaced = dict(zip(parameters, values, strict=True))
-        result = torch.func.functional_call(head, replaced, (x, LABELS))
+        result = torch.func.functional_call(head, replaced, (x, labels))
         assert isinstance(result, Tensor)
         return result
 
-    inputs = (X, *parameters.values())
+    inputs = (x, *parameters.values())
     assert torch.autograd.gradcheck(value, tuple(t.detach().clone().requires_grad_() for t in inputs))
 
 
-@HEADS
+@EVERY_KIND
+def test_value_is_that_of_the_paper_in_plain_loops(kind: Kind) -> None:
+    head = filled(kind.make(7, 5))
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(40, 5, dtype=torch.float64, generator=generator) * 10.0
+    labels = torch.randint(0, 7, (40,), generator=generator)
+    for training in (True, False):
+        head.train(training)
+        found = head(x, labels).item()  # averages move before they are used, and only in training
+        assert found == pytest.approx(kind.expected(x, head, labels), rel=1e-10)
+
+
+@EVERY_KIND
+def test_losses_and_gradients_are_the_same_streamed_in_blocks_and_held(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(11, 5, dtype=torch.float64, generator=generator) * 10.0
+    labels = torch.randint(0, 23, (11,), generator=generator)
+    found = []
+    for block, rows, streaming in ((1 << 19, 512, False), (40, 4, False), (40, 4, True)):
+        monkeypatch.setattr(products, "CPU_BLOCK", block)
+        monkeypatch.setattr(products, "CPU_ROWS", rows)
+        head, a = filled(kind.make(23, 5, streaming=streaming)), x.clone().requires_grad_()
+        loss = head(a, labels)
+        loss.backward()
+        assert head.last is not None
+        found.append([loss.detach(), a.grad, *(p.grad for p in head.parameters()), head.last["accuracy"]])
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            assert mine is not None
+            assert theirs is not None
+            assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@EVERY_KIND
+def test_a_loss_can_be_differentiated_twice_over_the_same_graph(kind: Kind) -> None:
+    head = filled(kind.make(6, 3)).eval()
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    loss = head(x, torch.tensor([0, 3, 3, 5, 1]))
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_a_second_derivative_is_refused_and_not_silently_zero() -> None:
+    head, x = Softmax(4, 3), torch.randn(2, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated only once"):
+        torch.autograd.grad(head(x, torch.tensor([0, 1])), x, create_graph=True)
+
+
+@EVERY_KIND
+def test_last_says_how_many_are_right_and_how_many_embeddings_are_zero(kind: Kind) -> None:
+    head = filled(kind.make(4, 3)).eval()
+    x = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    x[3] = x[7] = 0.0
+    labels = torch.arange(12) % 4
+    head(x, labels)
+    assert head.last is not None
+    logits = head.logits(x)
+    own = logits.gather(1, labels[:, None])
+    right = (own >= logits).all(dim=1)  # rows of zeros: cosine 0 with every class
+    assert head.last["accuracy"].item() == pytest.approx(right.double().mean().item())
+    assert head.last["zero_embeddings"].item() == 2
+    assert 0 < right.sum() < 12
+
+
+@EVERY_KIND
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_embeddings_are_computed_in_float32(kind: type[Head], dtype: torch.dtype) -> None:
-    head = kind(50, 512, generator=torch.Generator().manual_seed(1))
+def test_half_precision_embeddings_are_computed_in_float32(kind: Kind, dtype: torch.dtype) -> None:
+    head = kind.make(50, 512, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(16)
     half = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     full = half.detach().float().requires_grad_()
@@ -129,11 +201,11 @@ def test_half_precision_embeddings_are_computed_in_float32(kind: type[Head], dty
     assert head.weight.dtype == torch.float32
 
 
-@HEADS
-def test_autocast_changes_neither_logits_nor_loss_nor_gradients(kind: type[Head]) -> None:
+@EVERY_KIND
+def test_autocast_changes_neither_logits_nor_loss_nor_gradients(kind: Kind) -> None:
     results = []
     for enabled in (False, True):
-        head = kind(50, 512, generator=torch.Generator().manual_seed(1))
+        head = kind.make(50, 512, generator=torch.Generator().manual_seed(1))
         x = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             value = head(x, torch.arange(16))
@@ -147,16 +219,21 @@ def test_autocast_changes_neither_logits_nor_loss_nor_gradients(kind: type[Head]
         assert torch.equal(without, under)
 
 
-@HEADS
+@EVERY_KIND
 @pytest.mark.parametrize("classes", [1, 2])
-def test_one_and_two_classes_work(kind: type[Head], classes: int) -> None:
-    head = kind(classes, 4)
+def test_one_and_two_classes_work(kind: Kind, classes: int) -> None:
+    head = kind.make(classes, 4)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
     loss = head(x, torch.zeros(3, dtype=torch.long))
     loss.backward()
     assert x.grad is not None
     assert torch.isfinite(loss)
-    if classes == 1:
+    assert torch.isfinite(x.grad).all()
+    if classes == 1 and kind.head not in (
+        MagFace,
+        SphereFace2,
+        CContrastive,
+    ):  # these ask for more than being told apart
         assert loss.item() == 0.0
         assert not x.grad.any()
 
@@ -172,9 +249,9 @@ def test_cosface_is_finite_where_an_embedding_lies_exactly_on_a_class_or_opposit
     assert torch.isfinite(x.grad).all()
 
 
-@HEADS
-def test_zero_embeddings_and_zero_weights_are_finite(kind: type[Head]) -> None:
-    head = kind(3, 4)
+@EVERY_KIND
+def test_zero_embeddings_and_zero_weights_are_finite(kind: Kind) -> None:
+    head = kind.make(3, 4)
     torch.nn.init.zeros_(head.weight)
     x = torch.zeros(2, 4).requires_grad_()
     loss = head(x, torch.tensor([0, 2]))
@@ -185,9 +262,9 @@ def test_zero_embeddings_and_zero_weights_are_finite(kind: type[Head]) -> None:
         assert torch.isfinite(tensor.grad).all()
 
 
-@HEADS
-def test_an_empty_batch_is_zero_with_zero_gradient(kind: type[Head]) -> None:
-    head = kind(3, 4)
+@EVERY_KIND
+def test_an_empty_batch_is_zero_with_zero_gradient(kind: Kind) -> None:
+    head = kind.make(3, 4)
     loss = head(torch.empty(0, 4), torch.empty(0, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0.0
@@ -195,9 +272,9 @@ def test_an_empty_batch_is_zero_with_zero_gradient(kind: type[Head]) -> None:
     assert not head.weight.grad.any()
 
 
-@HEADS
-def test_labels_that_are_no_classes_of_the_head_are_refused_by_name(kind: type[Head]) -> None:
-    head, x = kind(3, 4), torch.ones(2, 4)
+@EVERY_KIND
+def test_labels_that_are_no_classes_of_the_head_are_refused_by_name(kind: Kind) -> None:
+    head, x = kind.make(3, 4).eval(), torch.ones(2, 4)
     for labels in ([0, 3], [-1, 0]):
         with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\); found"):
             head(x, torch.tensor(labels))
@@ -209,12 +286,12 @@ def test_labels_that_are_no_classes_of_the_head_are_refused_by_name(kind: type[H
     assert head(x, torch.tensor([0, 2], dtype=torch.int32)).item() == head(x, torch.tensor([0, 2])).item()
 
 
-@HEADS
-def test_wrong_sizes_and_values_are_refused_by_name(kind: type[Head]) -> None:
+@EVERY_KIND
+def test_wrong_sizes_and_values_are_refused_by_name(kind: Kind) -> None:
     for classes, dim in ((0, 4), (3, 0), (-1, 4), (2.5, 3), (3, None)):
         with pytest.raises(ValueError, match="needs at least 1 class and 1 dimension"):
-            kind(classes, dim)  # type: ignore[arg-type]
-    head = kind(3, 4)
+            kind.make(classes, dim)  # type: ignore[arg-type]
+    head = kind.make(3, 4)
     with pytest.raises(ValueError, match=r"floating \(batch, 4\)"):
         head(torch.ones(2, 5), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -236,35 +313,11 @@ def test_cosface_refuses_margins_and_scales_that_mean_nothing() -> None:
             CosFace(3, 4, margin_cos=margin)  # type: ignore[arg-type]
 
 
-@HEADS
-def test_weights_come_from_the_generator_and_the_first_loss_is_that_of_guessing(kind: type[Head]) -> None:
-    one, two = (kind(100, 64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+@EVERY_KIND
+def test_weights_come_from_the_generator_and_the_first_loss_is_that_of_guessing(kind: Kind) -> None:
+    one, two = (kind.make(100, 64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(one.weight, two.weight)
     assert one.weight.std().item() == pytest.approx(0.01, rel=0.05)
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(6))
-    if kind is Softmax:
+    if kind.head is Softmax:
         assert one(x, torch.arange(32)).item() == pytest.approx(math.log(100), rel=0.01)
-
-
-class WideTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps every tensor as large as the logits alive, so that none takes the place of another."""
-
-    def __init__(self, numbers: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.numbers, self.made = numbers, list[Tensor]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.numel() == self.numbers:
-            self.made.append(result)
-        return result
-
-
-def test_cosface_makes_no_more_tensors_of_the_size_of_the_logits_than_softmax() -> None:
-    made = []
-    for kind in (Softmax, CosFace):
-        head, x = kind(1000, 8), torch.randn(16, 8, generator=torch.Generator().manual_seed(7))
-        with WideTensors(16 * 1000) as wide:
-            head(x, torch.arange(16))
-        made.append(len({tensor.data_ptr() for tensor in wide.made}))
-    assert made == [2, 2]  # the logits and their log-softmax
