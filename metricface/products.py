@@ -159,8 +159,9 @@ class _Part(NamedTuple):
     columns: slice
     place: Tensor  # (b, N) where the left-out columns lie in the block, or outside of it
     references: Tensor  # (c x group, D)
-    products: Tensor  # (b, c x group), free to overwrite unless held
+    products: Tensor  # (b, c x group), to be kept if they are held
     work: Tensor  # the same shape, free to overwrite
+    spare: Tensor  # the same shape, free to overwrite once the products are not needed
 
 
 class _Products:
@@ -171,7 +172,7 @@ class _Products:
     ) -> None:
         self.plan, self.queries, self.references, self.bias, self.inverse = plan, queries, references, bias, inverse
         size = plan.tile * min(plan.columns, max(1, plan.number))
-        self._buffers = [queries.new_empty(size) for _ in range(2 - plan.hold)]
+        self._buffers = [queries.new_empty(size) for _ in range(2)]
 
     def blocks(self) -> Iterator[slice]:
         """Runs of references."""
@@ -184,18 +185,16 @@ class _Products:
         for start in range(0, len(self.queries), self.plan.tile):
             rows = slice(start, min(start + self.plan.tile, len(self.queries)))
             shape = (rows.stop - rows.start, len(some))
+            work, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self._buffers)
             if held is None:
-                products = self._buffers[1][: shape[0] * shape[1]].view(shape) if not self.plan.hold else None
-                products = self._multiply(self.queries[rows], some, block, products)
+                out = torch.empty_like(spare) if self.plan.hold else spare
+                products = self._multiply(self.queries[rows], some, block, out)
             else:
                 products = held.pop(0)
             place = self.plan.left_out[rows] - block.start // self.plan.group
-            work = self._buffers[0][: shape[0] * shape[1]].view(shape)
-            yield _Part(rows, block, place, some, products, work)
+            yield _Part(rows, block, place, some, products, work, spare)
 
-    def _multiply(self, x: Tensor, y: Tensor, block: slice, out: Tensor | None) -> Tensor:
-        if out is None:
-            out = x.new_empty(len(x), len(y))
+    def _multiply(self, x: Tensor, y: Tensor, block: slice, out: Tensor) -> Tensor:
         if self.bias is not None:
             return torch.addmm(self.bias[block], x, y.T, out=out)
         torch.mm(x, y.T, out=out)
@@ -265,7 +264,8 @@ class _ReduceOthers(torch.autograd.Function):
                     shrink = None
                     if inverse is not None:
                         # What turns no reference but only lengthens it has no effect: sum of G x cos, of each column.
-                        shrink = _column_products(by_products, part.products).mul_(inverse[block].square())
+                        shrink = torch.mul(by_products, part.products, out=part.spare).sum(dim=0)
+                        shrink.mul_(inverse[block].square())
                         by_products.mul_(inverse[block])
                     if by_queries is not None:
                         by_queries[part.rows].addmm_(by_products, y)
@@ -401,11 +401,6 @@ def _write_finite(plan: _Plan, part: _Part) -> None:
     """Products that were held have -inf at what was left out; it takes part in products with 0 from here on."""
     if plan.hold and plan.transform is None:
         _write(part.products, part.place, 0.0)
-
-
-def _column_products(a: Tensor, b: Tensor) -> Tensor:
-    """(b, c), (b, c) -> (c,) sums of products, without a third (b, c) tensor."""
-    return torch.einsum("bc,bc->c", a, b)
 
 
 def _add_own(

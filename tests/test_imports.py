@@ -8,7 +8,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What each part may import of our own; a longer name wins over a shorter one. `samplers` is a floor of its own.
-FLOOR_0 = {"metricface.choices", "metricface.distances", "metricface.identities", "metricface.products", "metricface.tuples"}
+FLOOR_0 = {
+    "metricface.choices",
+    "metricface.distances",
+    "metricface.identities",
+    "metricface.products",
+    "metricface.tuples",
+}
 DATA = {"metricface.data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "samplers": {"samplers"},

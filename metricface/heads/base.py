@@ -65,11 +65,14 @@ class Head(nn.Module, ABC):
         embeddings: (B, D) raw, of any floating type; labels: (B,) integers in [0, C).
         Raises ValueError for other shapes, types and ranges, and for NaN, infinite or overflowing embeddings.
         """
+        return self.losses(embeddings, labels).sum() / max(1, len(labels))
+
+    def losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each row, (B,): `forward` before the mean, and otherwise as it."""
         self._check_embeddings(embeddings)
         labels = self._check_labels(labels, len(embeddings)).to(embeddings.device)  # from a loader: on the CPU
         with without_autocast(embeddings):
-            losses = self._losses(self._prepare(embeddings), labels)
-            return losses.sum() / max(1, len(labels))
+            return self._losses(self._prepare(embeddings), labels)
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Logits without any margin, for class predictions. embeddings: (B, D). Returns (B, C)."""

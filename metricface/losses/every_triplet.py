@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metricface.diagnostics import TripletSums
+from metricface.diagnostics import TripletSums, triplet_sums
+from metricface.distances import Distance, paired
 from metricface.identities import Identities
+from metricface.losses.gathering import distance_matrix
+from metricface.losses.positive_pairs import PairRun, sum_over_pairs
 from metricface.losses.streaming import Distances, Gradients, Totals, streamed
 from metricface.miners.tiles import Tile, tiles
 from metricface.tuples import Batch
@@ -31,6 +34,38 @@ def every_triplet(
         return Totals(total, None, sums)
 
     return streamed(batch, run, squared=squared)
+
+
+def every_swapped_triplet(
+    batch: Batch, identities: Identities, *, margin: Margin, squared: bool
+) -> tuple[Tensor, TripletSums]:
+    """As every_triplet, the negative's distance being that to the anchor or to the positive, whichever is smaller.
+
+    Cost: products of every positive pair's two rows with the references.
+    """
+    distance: Distance = "squared_euclidean" if squared else "euclidean"
+
+    def part(anchors: Tensor, positives: Tensor, references: Tensor, run: PairRun) -> tuple[Tensor, TripletSums]:
+        d_ap = paired(anchors, positives, distance)[:, None]  # (c, 1)
+        d_an = distance_matrix(anchors, references, distance)  # (c, R)
+        d_pn = distance_matrix(positives, references, distance)
+        d_an = torch.where(d_pn < d_an, d_pn, d_an)
+        own = run.own.clamp_min(0)
+        counted = torch.ones_like(d_an).scatter_reduce_(1, own, (run.own < 0).to(d_an.dtype), "amin") > 0
+        violation = d_ap - d_an
+        losses = F.softplus(violation) if margin == "soft" else (violation + margin).clamp_min(0.0)
+        losses = torch.where(counted, losses, 0.0)
+        seen = triplet_sums(
+            d_ap.detach().expand_as(d_an), d_an.detach(), run.anchor.new_zeros(()), margin=margin, counted=counted
+        )
+        active = seen.active if margin == "soft" else (losses > 0).sum()
+        return losses.sum(dim=1).double().sum(), seen._replace(active=active)
+
+    total, runs = sum_over_pairs(batch, identities, part, width=len(batch.ref_labels))
+    sums = nothing(batch)
+    for seen in runs:
+        sums = sums.plus(seen)
+    return total, sums._replace(anchors=((identities.positives > 0) & (identities.negatives > 0)).sum())
 
 
 def nothing(batch: Batch) -> TripletSums:

@@ -1,11 +1,17 @@
-"""The distances that an index tuple names, exact where rows coincide and without one row copy per triplet too many."""
+"""The distances and dot products that an index tuple names, without one row copy per triplet too many.
+
+Distances are exact where rows coincide.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from metricface.distances import Distance, centred, paired, pairwise, safe_sqrt, sq_distances
+from metricface.distances import Distance, centred, paired, pairwise, safe_sqrt, sq_distances, without_autocast
 from metricface.losses.streaming import CLOSE
+from metricface.miners.tiles import for_cosine
 from metricface.tuples import Batch
 
 # Row copies up to this many numbers (64 MB in float32) are made without looking for something smaller.
@@ -16,24 +22,65 @@ TILE_NUMBERS = 1 << 21
 CLOSE_NUMBERS = 1 << 21
 
 
+def of_cosine(batch: Batch) -> Batch:
+    """The batch whose squared Euclidean distances are this one's cosine distances, 1 - cosine, differentiable.
+
+    Unit rows divided by the root of 2, with two columns more, in which a zero row is told from others: (B, D + 2),
+    (R, D + 2). Whatever runs on squared distances runs on cosines then, exact where rows coincide.
+    """
+    x, y = for_cosine(batch.embeddings, batch.ref_emb)
+    return batch._replace(embeddings=x * 0.5**0.5, ref_emb=y * 0.5**0.5)
+
+
+def of_references(batch: Batch) -> Batch:
+    """The references among themselves: each is an anchor, and its own reference row."""
+    itself = torch.arange(len(batch.ref_labels), device=batch.ref_labels.device)
+    return Batch(batch.ref_emb, batch.ref_labels, batch.ref_emb, batch.ref_labels, itself)
+
+
 def distances_of(batch: Batch, anchors: Tensor, references: Tensor, distance: Distance) -> Tensor:
     """Distance of the named rows: `anchors` (T,) of the embeddings, `references` (T,) of the references. Returns (T,).
 
     Identical rows are at distance exactly 0, with gradient 0. T may be 0: the result still belongs to the graph.
     """
+    return _named(
+        batch, anchors, references, lambda x, y: paired(x, y, distance), lambda x, y: distance_matrix(x, y, distance)
+    )
+
+
+def products_of(batch: Batch, anchors: Tensor, references: Tensor) -> Tensor:
+    """Dot product of the named rows, as `distances_of` names them. Returns (T,)."""
+    return _named(batch, anchors, references, lambda x, y: (x * y).sum(dim=1), _products)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    with without_autocast(x):
+        return x @ y.T
+
+
+def _named(
+    batch: Batch,
+    anchors: Tensor,
+    references: Tensor,
+    of_rows: Callable[[Tensor, Tensor], Tensor],
+    of_all: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """of_rows: (T, D), (T, D) -> (T,), row by row; of_all: (Q, D), (R, D) -> (Q, R), the same for all rows."""
     num_anchors, dim = batch.embeddings.shape
     # A tuple of every triplet names each pair many times: two (T, D) copies would then be larger than all distances.
     if len(anchors) * dim > max(SMALL, num_anchors * len(batch.ref_emb)):
-        return _from_tiles(batch, anchors, references, distance)
+        return _from_tiles(batch, anchors, references, of_all)
     # index_select and not [...]: its backward pass is index_add, several times faster on a CPU than index_put.
-    return paired(batch.embeddings.index_select(0, anchors), batch.ref_emb.index_select(0, references), distance)
+    return of_rows(batch.embeddings.index_select(0, anchors), batch.ref_emb.index_select(0, references))
 
 
-def _from_tiles(batch: Batch, anchors: Tensor, references: Tensor, distance: Distance) -> Tensor:
-    """(T,) distances, picked from all those of a few anchors at a time, which are made once more for the gradient."""
+def _from_tiles(
+    batch: Batch, anchors: Tensor, references: Tensor, of_all: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """(T,) numbers, picked from all those of a few anchors at a time, which are made once more for the gradient."""
 
     def part(x: Tensor, y: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return distance_matrix(x, y, distance)[row, column]
+        return of_all(x, y)[row, column]
 
     order = anchors.argsort(stable=True)
     ordered, columns = anchors[order], references[order]

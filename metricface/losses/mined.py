@@ -2,10 +2,10 @@
 
 BatchAllTripletLoss(margin=0.2)(embeddings, labels) is BatchAllMiner and TripletLoss together, and so on: the same
 value, in a few times the time of the matrix product and in memory that does not grow with the number of triplets (see
-examples/guides/mining.md for figures). At a hinge that is exactly 0 the derivative is taken as 0. Each takes
-ref_emb, ref_labels and self_index as the miners do, with gradients for both sides, so a memory or other ranks'
-embeddings may be mined too. After a call `last` says what mining saw: named 0-dim tensors, as in
-metricface.diagnostics, collected without waiting for the device.
+examples/guides/mining.md for figures). At a hinge that is exactly 0 the derivative is taken as 0. Each takes ref_emb,
+ref_labels and self_index as the miners do, with gradients for both sides, so a memory or other ranks' embeddings may be
+mined too. None has a `swap`: what is mined is chosen around the anchor. After a call `last` says what mining saw: named
+0-dim tensors, as in metricface.diagnostics, collected without waiting for the device.
 """
 
 from abc import abstractmethod
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metricface.choices import check_choice, is_number
 from metricface.diagnostics import TripletSums, triplet_sums
+from metricface.distances import Distance
 from metricface.identities import Identities, find_identities
 from metricface.losses.contrastive import ContrastiveLoss, ContrastiveReduction
 from metricface.losses.every_pair import PairSums, every_contrastive_pair, every_margin_based_pair
@@ -67,12 +68,12 @@ class _MinedTripletLoss(_Mining, TripletLoss):
         self,
         margin: Margin = 0.2,
         *,
-        squared: bool = True,
+        distance: Distance = "squared_euclidean",
         normalize: bool = True,
         reduction: TripletReduction = "mean",
         tile_rows: int | None = None,
     ) -> None:
-        super().__init__(margin, squared=squared, normalize=normalize, reduction=reduction)
+        super().__init__(margin, distance=distance, normalize=normalize, reduction=reduction)
         check_tile_rows(tile_rows)
         self.tile_rows = tile_rows
 
@@ -93,9 +94,9 @@ class _MinedTripletLoss(_Mining, TripletLoss):
 class BatchAllTripletLoss(_MinedTripletLoss):
     """The triplet loss over every triplet of a batch, by default averaged over those with a loss.
 
-    margin, squared, normalize, reduction: as in TripletLoss, whose indices_tuple=None this is, with reduction="active",
-    as Hermans et al. recommend (the mean over all triplets vanishes as training goes on); theirs is squared=False,
-    normalize=False. tile_rows: anchors worked on at a time, None to choose by size and device.
+    margin, distance, normalize, reduction: as in TripletLoss, whose indices_tuple=None this is, with reduction="active"
+    as Hermans et al. recommend (the mean over all triplets vanishes as training goes on); theirs is
+    distance="euclidean", normalize=False. tile_rows: anchors worked on at a time, None to choose by size and device.
     Source: Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss, section 2.
     """
 
@@ -103,15 +104,15 @@ class BatchAllTripletLoss(_MinedTripletLoss):
         self,
         margin: Margin = 0.2,
         *,
-        squared: bool = True,
+        distance: Distance = "squared_euclidean",
         normalize: bool = True,
         reduction: TripletReduction = "active",
         tile_rows: int | None = None,
     ) -> None:
-        super().__init__(margin, squared=squared, normalize=normalize, reduction=reduction, tile_rows=tile_rows)
+        super().__init__(margin, distance=distance, normalize=normalize, reduction=reduction, tile_rows=tile_rows)
 
     def _mine(self, batch: Batch, identities: Identities) -> tuple[Tensor, TripletSums]:
-        return every_triplet(batch, identities, margin=self.margin, squared=self.squared, tile_rows=self.tile_rows)
+        return every_triplet(batch, identities, margin=self.margin, squared=self._squared, tile_rows=self.tile_rows)
 
 
 class _Choice(NamedTuple):
@@ -128,12 +129,12 @@ class _ChoosingTripletLoss(_MinedTripletLoss):
     def _mine(self, batch: Batch, identities: Identities) -> tuple[Tensor, TripletSums]:
         def run(gradients: Gradients) -> Totals:
             total, sums = batch.embeddings.new_zeros((), dtype=torch.float64), nothing(batch)
-            for tile in tiles(batch, identities, self.distance, tile_rows=self.tile_rows):
+            for tile in tiles(batch, identities, self._euclidean, tile_rows=self.tile_rows):
                 part, seen = self._of_tile(gradients, tile)
                 total, sums = total + part, sums.plus(seen)
             return Totals(total, None, sums)
 
-        return streamed(batch, run, squared=self.squared)
+        return streamed(batch, run, squared=self._squared)
 
     def _of_tile(self, gradients: Gradients, tile: Tile) -> tuple[Tensor, TripletSums]:
         place, negative, counted = self._choose(tile)
@@ -158,7 +159,7 @@ class _ChoosingTripletLoss(_MinedTripletLoss):
 class BatchHardTripletLoss(_ChoosingTripletLoss):
     """The triplet loss of each anchor with its farthest positive and its closest negative.
 
-    margin, squared, normalize, reduction: as in TripletLoss; Hermans et al. have margin="soft", squared=False,
+    margin, distance, normalize, reduction: as in TripletLoss; Hermans et al. have margin="soft", distance="euclidean",
     normalize=False, and the mean over anchors. Same value as BatchHardMiner and TripletLoss. tile_rows: anchors worked
     on at a time, None to choose by size and device.
     Source: Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss, section 2.
@@ -173,7 +174,7 @@ class BatchHardTripletLoss(_ChoosingTripletLoss):
 class SemiHardTripletLoss(_ChoosingTripletLoss):
     """The triplet loss of each ordered positive pair with its closest semi-hard negative.
 
-    margin, squared, normalize, reduction: as in TripletLoss. window: how far beyond the positive a negative may lie,
+    margin, distance, normalize, reduction: as in TripletLoss. window: how far beyond the positive a negative may lie,
     in the loss's distance; by default the margin, and no limit for margin="soft". fallback: as in SemiHardMiner. Same
     value as SemiHardMiner(window, fallback=..., distance=...) and TripletLoss. tile_rows: anchors worked on at a time.
     Source: Schroff et al. 2015, FaceNet, section 3.2.
@@ -185,12 +186,12 @@ class SemiHardTripletLoss(_ChoosingTripletLoss):
         *,
         window: float | None = None,
         fallback: SemiHardFallback = "skip",
-        squared: bool = True,
+        distance: Distance = "squared_euclidean",
         normalize: bool = True,
         reduction: TripletReduction = "mean",
         tile_rows: int | None = None,
     ) -> None:
-        super().__init__(margin, squared=squared, normalize=normalize, reduction=reduction, tile_rows=tile_rows)
+        super().__init__(margin, distance=distance, normalize=normalize, reduction=reduction, tile_rows=tile_rows)
         check_choice("fallback", fallback, get_args(SemiHardFallback))
         if window is None:
             window = torch.inf if margin == "soft" else margin
@@ -205,7 +206,7 @@ class SemiHardTripletLoss(_ChoosingTripletLoss):
         return f"{super().extra_repr()}, window={self.window}, fallback={self.fallback!r}"
 
     def _choose(self, tile: Tile) -> _Choice:
-        sq_upper = kernels.sq_reach(tile.sq_positive, self.window, self.distance)
+        sq_upper = kernels.sq_reach(tile.sq_positive, self.window, self._euclidean)
         state = kernels.SemiHard(tile.sq_positive, sq_upper, tile.depths, rounding=tile.rounding)
         instead = kernels.instead(tile, self.fallback)
         for block in tile.blocks():

@@ -13,11 +13,8 @@ predicted, and left out, saying so, where it exceeds 12 GiB.
 import argparse
 import json
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,9 +40,8 @@ from metricface.miners import (
     RandomHardMiner,
     SemiHardMiner,
 )
+from tests.benchmarks.meter import GIB, LIMIT, Meter
 
-GIB = 1 << 30
-LIMIT = 12 * GIB
 BARE_ROWS = 256
 
 Call = Callable[[Tensor, Tensor], Any]
@@ -90,7 +86,7 @@ CASES: dict[str, tuple[Call, Call | None, Callable[[int, int], float]]] = {
         lambda b, k: 60.0 * b * b,
     ),
     "batch-all triplet loss + grad": (
-        with_gradient(BatchAllTripletLoss(squared=False)),
+        with_gradient(BatchAllTripletLoss(distance="euclidean")),
         with_gradient(pml_losses.TripletMarginLoss(0.2)),
         lambda b, k: _triplets(b, k),
     ),
@@ -104,12 +100,12 @@ CASES: dict[str, tuple[Call, Call | None, Callable[[int, int], float]]] = {
         lambda b, k: _triplets(b, k),
     ),
     "batch-hard triplet loss + grad": (
-        with_gradient(BatchHardTripletLoss(squared=False)),
+        with_gradient(BatchHardTripletLoss(distance="euclidean")),
         with_gradient(pml_losses.TripletMarginLoss(0.2), pml_miners.BatchHardMiner()),
         lambda b, k: 28.0 * b * b,
     ),
     "batch-hard miner, then triplet loss + grad": (
-        with_gradient(TripletLoss(squared=False), BatchHardMiner()),
+        with_gradient(TripletLoss(distance="euclidean"), BatchHardMiner()),
         None,
         lambda b, k: 0.0,
     ),
@@ -148,47 +144,6 @@ def faces(batch: int, dim: int, images: int, device: torch.device, dtype: torch.
     noise = F.normalize(torch.randn(batch, dim, generator=generator))
     rows = F.normalize(centres.repeat_interleave(images, 0) + 0.9 * noise).to(device, dtype)
     return rows.requires_grad_(), torch.arange(batch // images, device=device).repeat_interleave(images)
-
-
-class Meter:
-    """Time and peak memory of calls on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def _held(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-    def memory(self, call: Callable[[], Any]) -> int:
-        """Bytes held at most during a call, beyond those before it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            return int(torch.cuda.max_memory_allocated() - before)
-        before = self._held("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        call()
-        return max(0, self._held("VmHWM") - before)
-
-    def seconds(self, call: Callable[[], Any]) -> float:
-        """Median of up to 9 calls, fewer of slow ones."""
-        found: list[float] = []
-        while len(found) < 9 and sum(found) < 6.0:
-            since = time.perf_counter()
-            call()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - since)
-        return statistics.median(found)
-
-    def both(self, call: Callable[[], Any]) -> tuple[float, int]:
-        """Seconds and bytes."""
-        memory = self.memory(call)
-        return self.seconds(call), memory
 
 
 def measure(name: str, batch: int, dim: int, images: int, device_name: str, precision: str, threads: int) -> str:

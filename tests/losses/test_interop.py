@@ -9,7 +9,18 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml
 from torch import nn
 
-from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss
+from metricface.losses import (
+    AngularLoss,
+    CircleLoss,
+    ContrastiveLoss,
+    DeepID2Loss,
+    GeneralizedLiftedStructureLoss,
+    LiftedStructureLoss,
+    MarginBasedLoss,
+    MultiSimilarityLoss,
+    NPairLoss,
+    TripletLoss,
+)
 
 MINERS: list[Callable[[], Any]] = [
     pml.AngularMiner,
@@ -22,7 +33,18 @@ MINERS: list[Callable[[], Any]] = [
     lambda: pml.TripletMarginMiner(0.2, type_of_triplets="semihard"),
     pml.UniformHistogramMiner,
 ]
-LOSSES: list[Callable[[], nn.Module]] = [ContrastiveLoss, TripletLoss, lambda: MarginBasedLoss(8)]
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "contrastive": ContrastiveLoss,
+    "triplet": TripletLoss,
+    "margin based": lambda: MarginBasedLoss(8),
+    "generalised lifted": GeneralizedLiftedStructureLoss,
+    "lifted": LiftedStructureLoss,
+    "multi-similarity": MultiSimilarityLoss,
+    "circle": CircleLoss,
+    "n-pair": NPairLoss,
+    "angular": AngularLoss,
+    "deepid2": lambda: DeepID2Loss(8, 16),
+}
 LABELS = torch.arange(32) // 4
 
 
@@ -32,7 +54,7 @@ def batch() -> torch.Tensor:
     return torch.randn(8, 16, generator=generator).repeat_interleave(4, 0) + torch.randn(32, 16, generator=generator)
 
 
-@pytest.mark.parametrize("make_loss", LOSSES, ids=["contrastive", "triplet", "margin based"])
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("make_miner", MINERS, ids=lambda make: getattr(make, "__name__", "miner"))
 def test_any_pml_miner_feeds_any_of_our_losses(
     make_miner: Callable[[], Any], make_loss: Callable[[], nn.Module]
@@ -52,7 +74,7 @@ def test_a_pml_miner_with_separate_references_feeds_our_loss_as_it_does_pmls() -
     x, refs = batch(), batch().flip(0) + 0.1
     ref_labels = LABELS.flip(0)
     mined = pml.BatchHardMiner()(x, LABELS, refs, ref_labels)
-    ours = TripletLoss(0.2, squared=False, reduction="active")(x, LABELS, mined, refs, ref_labels)
+    ours = TripletLoss(0.2, distance="euclidean", reduction="active")(x, LABELS, mined, refs, ref_labels)
     theirs = pml_losses.TripletMarginLoss(0.2)(x, LABELS, mined, refs, ref_labels)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
@@ -60,7 +82,7 @@ def test_a_pml_miner_with_separate_references_feeds_our_loss_as_it_does_pmls() -
 def test_pairs_join_on_the_anchor_for_triplet_losses_as_in_pml() -> None:
     x = batch()
     mined = pml.MultiSimilarityMiner()(x, LABELS)
-    ours = TripletLoss(0.05, squared=False, reduction="active")(x, LABELS, mined)
+    ours = TripletLoss(0.05, distance="euclidean", reduction="active")(x, LABELS, mined)
     assert ours.item() == pytest.approx(pml_losses.TripletMarginLoss()(x, LABELS, mined).item(), rel=1e-5)
 
 
@@ -69,3 +91,20 @@ def test_our_losses_take_pmls_place_in_its_multiple_losses() -> None:
     x = batch()
     expected = TripletLoss()(x, LABELS) + 0.5 * MarginBasedLoss(8)(x, LABELS)
     assert combined(x, LABELS).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrapper", [pml_losses.CrossBatchMemory, pml_losses.SelfSupervisedLoss])
+def test_pmls_wrappers_take_the_losses_whose_names_they_know_and_refuse_the_others(wrapper: Any) -> None:
+    sizes = (16, 64) if wrapper is pml_losses.CrossBatchMemory else ()
+    for name, make in LOSSES.items():
+        if name in ("triplet", "margin based", "n-pair", "deepid2"):
+            with pytest.raises(Exception, match="not supported for"):
+                wrapper(make(), *sizes)
+            continue
+        x = batch().requires_grad_()
+        second = (LABELS,) if sizes else (batch() + 0.1,)
+        value = wrapper(make(), *sizes)(x, *second)
+        value.backward()
+        assert value.item() > 0
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()

@@ -7,8 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from metricface.distances import Distance
-from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss, gathering
-from metricface.losses.gathering import distance_matrix, distances_of
+from metricface.losses import (
+    AngularLoss,
+    CircleLoss,
+    ContrastiveLoss,
+    GeneralizedLiftedStructureLoss,
+    LiftedStructureLoss,
+    MarginBasedLoss,
+    MultiSimilarityLoss,
+    NPairLoss,
+    TripletLoss,
+    gathering,
+)
+from metricface.losses.gathering import distance_matrix, distances_of, products_of
 from metricface.miners import BatchAllMiner
 from metricface.tuples import check_batch
 from tests.largest import LargestTensor
@@ -19,10 +30,21 @@ ALL = tuple(torch.tensor(oracles.all_triplets(LABELS.tolist())).unbind(1))
 LOSSES: list[Callable[[], nn.Module]] = [
     ContrastiveLoss,
     TripletLoss,
-    lambda: TripletLoss("soft", squared=False, normalize=False),
+    lambda: TripletLoss("soft", distance="euclidean", normalize=False),
     lambda: MarginBasedLoss(4),
+    lambda: TripletLoss(distance="cosine"),
+    lambda: TripletLoss(swap=True),
+    # Raw rows of 512 random numbers are too far apart for exponentials of their distances.
+    lambda: GeneralizedLiftedStructureLoss(normalize=True),
+    lambda: LiftedStructureLoss(normalize=True),
+    MultiSimilarityLoss,
+    CircleLoss,
+    NPairLoss,
+    AngularLoss,
 ]
-EVERY_LOSS = pytest.mark.parametrize("make", LOSSES, ids=["contrastive", "facenet", "hermans", "margin based"])
+NAMES = ["contrastive", "facenet", "hermans", "margin based", "cosine", "swap", "generalised lifted", "lifted"]
+NAMES += ["multi-similarity", "circle", "n-pair", "angular"]
+EVERY_LOSS = pytest.mark.parametrize("make", LOSSES, ids=NAMES)
 BOTH = pytest.mark.parametrize("indices", [None, ALL], ids=["streamed", "given"])
 
 
@@ -110,6 +132,20 @@ def test_many_named_pairs_are_read_from_tiles_with_the_same_result(
     assert results[0][1] is not None
     assert results[1][1] is not None
     assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_many_named_dot_products_are_read_from_tiles_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchor, positive = ALL[0].flip(0), ALL[1].flip(0)
+    monkeypatch.setattr(gathering, "TILE_NUMBERS", 3 * 16)
+    results = []
+    for small in (1 << 24, 0):
+        monkeypatch.setattr(gathering, "SMALL", small)
+        x = (batch(32) / 6).requires_grad_()
+        dots = products_of(check_batch(x, LABELS), anchor, positive)
+        results.append((dots, torch.autograd.grad(dots.sin().sum(), x)[0]))
+    assert torch.allclose(results[0][0], (x[anchor] * x[positive]).sum(dim=1), atol=1e-5)
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_a_long_list_of_triplets_needs_no_table_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:

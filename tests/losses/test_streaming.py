@@ -6,8 +6,22 @@ import pytest
 import torch
 from torch import nn
 
+from metricface import products
 from metricface.identities import find_identities
-from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss, streaming
+from metricface.losses import (
+    AngularLoss,
+    CircleLoss,
+    ContrastiveLoss,
+    GeneralizedLiftedStructureLoss,
+    LiftedStructureLoss,
+    MarginBasedLoss,
+    MultiSimilarityLoss,
+    NPairLoss,
+    TripletLoss,
+    n_pair,
+    positive_pairs,
+    streaming,
+)
 from metricface.losses.every_triplet import every_triplet
 from metricface.losses.streaming import Gradients, Totals, streamed
 from metricface.miners import tiles
@@ -17,19 +31,38 @@ from tests.largest import LargestTensor
 LOSSES: list[Callable[[], nn.Module]] = [
     ContrastiveLoss,
     lambda: TripletLoss(reduction="active"),
-    lambda: TripletLoss("soft", squared=False, normalize=False),
+    lambda: TripletLoss("soft", distance="euclidean", normalize=False),
     lambda: MarginBasedLoss(20, nu=0.1),
+    lambda: TripletLoss(distance="cosine"),
+    lambda: TripletLoss(swap=True),
+    GeneralizedLiftedStructureLoss,
+    LiftedStructureLoss,
+    MultiSimilarityLoss,
+    CircleLoss,
+    NPairLoss,
+    AngularLoss,
 ]
-EVERY_LOSS = pytest.mark.parametrize("make", LOSSES, ids=["contrastive", "facenet", "hermans", "margin based"])
+NAMES = ["contrastive", "facenet", "hermans", "margin based", "cosine", "swap", "generalised lifted", "lifted"]
+NAMES += ["multi-similarity", "circle", "n-pair", "angular"]
+EVERY_LOSS = pytest.mark.parametrize("make", LOSSES, ids=NAMES)
+
+
+def make_other_blocks(monkeypatch: pytest.MonkeyPatch, numbers: int, rows: int) -> None:
+    """Those of positive pairs and of products, as small as the tiles' blocks."""
+    monkeypatch.setattr(positive_pairs, "RUN_NUMBERS", numbers)
+    monkeypatch.setattr(n_pair, "RUN_NUMBERS", numbers)
+    monkeypatch.setattr(products, "CPU_BLOCK", numbers)
+    monkeypatch.setattr(products, "CPU_ROWS", rows)
 
 
 @EVERY_LOSS
 def test_the_size_of_blocks_changes_nothing(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.randint(0, 8, (300,), generator=torch.Generator().manual_seed(7))
     values, grads = [], []
-    for numbers in (1 << 19, 64 * 64, 64):
+    for numbers, rows in ((1 << 19, 512), (64 * 64, 64), (64, 1)):  # all references in a block, then 64 in one
         monkeypatch.setattr(tiles, "CPU_BLOCK", numbers)
-        monkeypatch.setattr(tiles, "CPU_ROWS", max(1, numbers // 64))
+        monkeypatch.setattr(tiles, "CPU_ROWS", rows)
+        make_other_blocks(monkeypatch, numbers, rows)
         x = torch.randn(300, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64).requires_grad_()
         value = make().double()(x, labels)
         (3 * value).backward()
@@ -49,11 +82,12 @@ def test_no_tensor_outgrows_a_block_however_many_triplets_there_are(
     monkeypatch.setattr(tiles, "CPU_ROWS", 64)
     monkeypatch.setattr(tiles, "ROW_NUMBERS", 64 * 64)
     monkeypatch.setattr(streaming, "ROW_NUMBERS", 64 * 64)
+    make_other_blocks(monkeypatch, 64 * 64, 64)
     size, images = 256, 32  # 8 thousand pairs, 1.8 million triplets
     x = torch.randn(size, 16, generator=torch.Generator().manual_seed(9)).requires_grad_()
     with LargestTensor() as largest:
         make()(x, torch.arange(size) // images).backward()
-    assert largest.numbers <= max(64 * 64, size * (16 + 2))
+    assert largest.numbers <= max(64 * 64, size * (16 + 4))  # the widest copy of the rows: of cosines, with lengths
 
 
 @EVERY_LOSS

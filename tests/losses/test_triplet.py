@@ -8,6 +8,7 @@ from pytorch_metric_learning import distances as pml_distances
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import reducers as pml_reducers
 
+from metricface.distances import DISTANCES, Distance
 from metricface.losses import TripletLoss
 from metricface.losses.triplet import triplet
 from metricface.tuples import Triplets
@@ -19,8 +20,9 @@ X6 = torch.tensor(FACENET["inputs"]["X"], dtype=torch.float64)
 HERMANS = case("A3.batch_all")
 U6 = torch.tensor(HERMANS["inputs"]["X"], dtype=torch.float64)
 LABELS = torch.tensor(HERMANS["inputs"]["labels"])
-PLAIN: dict[str, Any] = {"squared": False, "normalize": False}
-RAW_SQUARED: dict[str, Any] = {"squared": True, "normalize": False}
+PLAIN: dict[str, Any] = {"distance": "euclidean", "normalize": False}
+RAW_SQUARED: dict[str, Any] = {"distance": "squared_euclidean", "normalize": False}
+EVERY_DISTANCE = pytest.mark.parametrize("distance", DISTANCES)
 
 
 def as_tuple(triplets: oracles.TripletList) -> Triplets:
@@ -92,10 +94,10 @@ def test_soft_triplets_whose_loss_rounds_to_zero_are_still_active() -> None:
     assert TripletLoss("soft", reduction="active", **PLAIN)(x, labels, given).item() == 250
 
 
-@pytest.mark.parametrize("squared", [True, False])
+@EVERY_DISTANCE
 @pytest.mark.parametrize("margin", [0.3, "soft"])
 def test_random_batches_with_separate_references_agree_with_the_loop_oracle(
-    margin: float | Literal["soft"], squared: bool
+    margin: float | Literal["soft"], distance: Distance
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
@@ -103,10 +105,10 @@ def test_random_batches_with_separate_references_agree_with_the_loop_oracle(
     labels, ref_labels = torch.tensor([0, 0, 1, 2, 3, 9, 9]), torch.tensor([0, 1, 1, 2, 2, 2, 4, 0, 0])
     listed = oracles.all_triplets(labels.tolist(), ref_labels.tolist())
     terms = oracles.triplet_terms(
-        oracles.unit(x.numpy()), oracles.unit(refs.numpy()), listed, None if margin == "soft" else margin, squared
+        oracles.unit(x.numpy()), oracles.unit(refs.numpy()), listed, None if margin == "soft" else margin, distance
     )
     for indices in (None, as_tuple(listed)):
-        loss = TripletLoss(margin, squared=squared)(x, labels, indices, refs, ref_labels)
+        loss = TripletLoss(margin, distance=distance)(x, labels, indices, refs, ref_labels)
         assert loss.item() == pytest.approx(np.mean(terms), rel=1e-10)
 
 
@@ -124,7 +126,7 @@ def test_pmls_loss_agrees_under_the_same_distance_margin_and_reducer(power: int)
     x, labels = torch.randn(24, 16, generator=generator), torch.arange(24) // 4
     for reduction, reducer in (("active", pml_reducers.AvgNonZeroReducer()), ("mean", pml_reducers.MeanReducer())):
         theirs = pml.TripletMarginLoss(0.2, distance=pml_distances.LpDistance(power=power), reducer=reducer)
-        ours = TripletLoss(0.2, squared=power == 2, reduction=reduction)  # type: ignore[arg-type]
+        ours = TripletLoss(0.2, distance="squared_euclidean" if power == 2 else "euclidean", reduction=reduction)  # type: ignore[arg-type]
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         mine, other = ours(a, labels), theirs(b, labels)
         (mine + other).backward()
@@ -134,14 +136,74 @@ def test_pmls_loss_agrees_under_the_same_distance_margin_and_reducer(power: int)
         assert torch.allclose(a.grad, b.grad, atol=1e-6)
 
 
+def test_pmls_loss_on_cosines_agrees_with_ours() -> None:
+    x, labels = torch.randn(24, 16, generator=torch.Generator().manual_seed(2)), torch.arange(24) // 4
+    theirs = pml.TripletMarginLoss(0.2, distance=pml_distances.CosineSimilarity())
+    ours = TripletLoss(0.2, distance="cosine", normalize=False, reduction="active")
+    assert ours(x, labels).item() == pytest.approx(theirs(x, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("indices", [None, ALL], ids=["streamed", "given"])
+def test_a_zero_row_has_cosine_0_with_every_row(indices: Triplets | None) -> None:
+    x = U6.clone()
+    x[[0, 3]] = 0.0  # of either identity
+    loss = TripletLoss("soft", distance="cosine", reduction="sum")(x, LABELS, indices)
+    listed = oracles.all_triplets(LABELS.tolist())
+    assert loss.item() == pytest.approx(sum(oracles.triplet_terms(x.numpy(), x.numpy(), listed, None, "cosine")))
+
+
+@EVERY_DISTANCE
+@pytest.mark.parametrize("margin", [0.3, "soft"])
+@pytest.mark.parametrize("reduction", ["mean", "active", "sum"])
+def test_swap_takes_the_closer_of_anchor_and_positive_among_references_too(
+    reduction: Any, margin: float | Literal["soft"], distance: Distance
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    refs = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    labels, ref_labels = torch.tensor([0, 0, 1, 2, 3, 9, 9]), torch.tensor([0, 1, 1, 2, 2, 2, 4, 0, 0])
+    for sides in ((), (refs, ref_labels)):
+        listed = oracles.all_triplets(labels.tolist(), ref_labels.tolist() if sides else None)
+        u, v = oracles.unit(x.numpy()), oracles.unit((refs if sides else x).numpy())
+        soft = None if margin == "soft" else margin
+        terms, plain = (oracles.triplet_terms(u, v, listed, soft, distance, swap=swap) for swap in (True, False))
+        active = len(terms) if soft is None else sum(term > 0 for term in terms)
+        expected = sum(terms) / {"mean": len(terms), "active": active, "sum": 1}[reduction]
+        assert sum(terms) > 1.1 * sum(plain)
+        for indices in (None, as_tuple(listed)):
+            loss = TripletLoss(margin, distance=distance, swap=True, reduction=reduction)
+            assert loss(x, labels, indices, *sides).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_pmls_swap_agrees_within_a_batch_and_takes_rows_of_the_wrong_side_with_references() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, refs = (torch.randn(12, 4, generator=generator) for _ in range(2))
+    labels, ref_labels = torch.arange(12) // 3, torch.arange(12) % 4
+    ours = TripletLoss(0.2, distance="euclidean", swap=True, reduction="active")
+    theirs = pml.TripletMarginLoss(0.2, swap=True)
+    assert ours(x, labels).item() == pytest.approx(theirs(x, labels).item(), rel=1e-5)
+    listed = oracles.all_triplets(labels.tolist(), ref_labels.tolist())
+    value = theirs(x, labels, as_tuple(listed), refs, ref_labels).item()
+    assert ours(x, labels, None, refs, ref_labels).item() != pytest.approx(value, rel=1e-2)
+    # Theirs is min(d_an, |x_p - r_n|), x_p being whatever anchor stands where the positive does among the references.
+    u, v = oracles.unit(x.double().numpy()), oracles.unit(refs.double().numpy())
+    wrong = [
+        max(0.0, oracles.dist(u[a], v[p]) - min(oracles.dist(u[a], v[n]), oracles.dist(u[p], v[n])) + 0.2)
+        for a, p, n in listed
+    ]
+    assert value == pytest.approx(sum(wrong) / sum(term > 0 for term in wrong), rel=1e-5)
+    with pytest.raises(IndexError):  # and where there is none
+        theirs(x[:6], labels[:6], as_tuple([(0, 8, 1)]), refs, ref_labels)
+
+
 @pytest.mark.parametrize("indices", [None, ALL], ids=["streamed", "given"])
 @pytest.mark.parametrize("reduction", ["mean", "active", "sum"])
-@pytest.mark.parametrize("squared", [True, False])
+@EVERY_DISTANCE
 @pytest.mark.parametrize("margin", [0.23, "soft"])
 def test_gradient_is_that_of_finite_differences(
-    margin: float | Literal["soft"], squared: bool, reduction: Any, indices: Triplets | None
+    margin: float | Literal["soft"], distance: Distance, reduction: Any, indices: Triplets | None
 ) -> None:
-    loss = TripletLoss(margin, squared=squared, reduction=reduction)
+    loss = TripletLoss(margin, distance=distance, reduction=reduction)
     x = U6.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss(x, LABELS, indices), (x,))
 
@@ -153,13 +215,13 @@ def test_gradient_reaches_separate_references_too() -> None:
 
 
 @pytest.mark.parametrize("margin", [0.2, "soft"])
-@pytest.mark.parametrize("squared", [True, False])
+@EVERY_DISTANCE
 @pytest.mark.parametrize("given", [True, False])
 def test_full_collapse_gives_the_margin_and_a_zero_gradient(
-    margin: float | Literal["soft"], squared: bool, given: bool
+    margin: float | Literal["soft"], distance: Distance, given: bool
 ) -> None:
     x = torch.full((6, 512), 0.37).requires_grad_()
-    loss = TripletLoss(margin, squared=squared)(x, LABELS, ALL if given else None)
+    loss = TripletLoss(margin, distance=distance)(x, LABELS, ALL if given else None)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2) if margin == "soft" else 0.2, rel=1e-6)
     assert x.grad is not None
@@ -190,6 +252,8 @@ def test_no_triplets_give_zero_with_zero_gradient(reduction: Any) -> None:
 
 
 def test_wrong_settings_and_inputs_say_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match="'euclidean', 'squared_euclidean', 'cosine'"):
+        TripletLoss(distance="manhattan")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'mean', 'active', 'sum'"):
         TripletLoss(reduction="nonzero")  # type: ignore[arg-type]
     for margin in ("softt", None, -0.1, math.nan, math.inf, True):
@@ -199,3 +263,12 @@ def test_wrong_settings_and_inputs_say_what_is_allowed() -> None:
         TripletLoss()(U6 * torch.nan, LABELS)
     with pytest.raises(ValueError, match="same embeddings and references"):
         TripletLoss()(U6, LABELS, (torch.tensor([6]), torch.tensor([0]), torch.tensor([0])))
+
+
+def test_settings_are_shown() -> None:
+    assert repr(TripletLoss()) == (
+        "TripletLoss(margin=0.2, distance='squared_euclidean', normalize=True, reduction='mean')"
+    )
+    assert repr(TripletLoss("soft", distance="cosine", swap=True)) == (
+        "TripletLoss(margin='soft', distance='cosine', normalize=True, reduction='mean', swap=True)"
+    )
