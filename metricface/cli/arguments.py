@@ -21,8 +21,9 @@ FREE_ON_RESUME = ("threads", "data.workers", "data.memory_mib", "log_every", "ch
 DESCRIPTION = """Train a face embedder and score it on people it never saw.
 
 Without arguments: the built-in faces and the default recipe. Give a recipe file first, then any setting by its dotted
-name; settings of a stage go by the stage's name: --stages.triplet.learning_rate 0.01 --stages.triplet.miner.name
-SemiHardMiner"""
+name. Settings of a stage go by the stage's name, those of a further term of its sum by the term's, and a schedule by
+the number that follows it: --stages.triplet.miner.name SemiHardMiner --stages.triplet.plus.center.weight 0.01
+--stages.softmax.schedules.head.margin_cos '{shape: ramp, points: [[0, 0], [0.5, 0.35]]}'"""
 
 
 @dataclass
@@ -43,7 +44,9 @@ def parse(argv: Sequence[str]) -> Command:
     try:
         shows = "--print_config" in arguments
         arguments, overrides = _split_overrides([a for a in arguments if a != "--print_config"])
-        recipe, output, resume = _read(arguments, overrides)
+        # The stages and terms of a run that goes on are those of its own recipe, not yet read.
+        later = not shows and any(argument.partition("=")[0] == "--resume" for argument in arguments)
+        recipe, output, resume = _read(arguments, {} if later else overrides)
         if shows:
             print(yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True), end="")
             parser.exit(0)
@@ -127,10 +130,46 @@ def _override(stages: list[Any], overrides: dict[str, list[tuple[list[str], Any]
         if name not in by_name:
             known = ", ".join(stage["name"] for stage in changed)
             raise ValueError(f"--stages.{name}: the recipe has no stage of that name; its stages are {known}.")
-        # Names first: a part that is replaced starts without the options of the one before it.
-        for path, value in sorted(settings, key=lambda setting: setting[0][-1] not in ("name", *PARTS)):
-            _set(by_name[name], path, value)
+        for path, value in sorted(settings, key=_rank):
+            _set_in_stage(by_name[name], path, value)
     return changed
+
+
+def _rank(setting: tuple[list[str], Any]) -> int:
+    """Whole lists first, then names: a part that is replaced starts without the options of the one before it."""
+    path, _ = setting
+    return 0 if path in (["plus"], ["schedules"]) else 1 if path[-1] in ("name", *PARTS) else 2
+
+
+def _set_in_stage(stage: dict[str, Any], path: list[str], value: Any) -> None:
+    """As `_set`, where a term goes by its name, and a schedule by PART.NUMBER."""
+    match path:
+        case ["plus", name, *rest] if rest:
+            _set(_term(stage, name, new=rest[0] in ("head", "loss")), rest, value)
+        case ["plus", name]:
+            raise ValueError(f"--stages...plus.{name}: say which setting of the term, such as plus.{name}.weight.")
+        case ["schedules", part, number, *rest] if rest:
+            _set(stage.setdefault("schedules", {}).setdefault(f"{part}.{number}", {}), rest, value)
+        case ["schedules", part, number]:
+            stage.setdefault("schedules", {})[f"{part}.{number}"] = value
+        case _:
+            _set(stage, path, value)
+
+
+def _term(stage: dict[str, Any], name: str, *, new: bool) -> dict[str, Any]:
+    """The term of that name; giving a head or loss to a name that is not there yet adds a term."""
+    terms: list[dict[str, Any]] = stage.setdefault("plus", [])
+    for term in terms:
+        if term.get("name") == name:
+            return term
+    if not new:
+        known = ", ".join(str(term.get("name")) for term in terms) or "none"
+        raise ValueError(
+            f"--stages...plus.{name}: the stage has no further term of that name (it has: {known}). To add it, "
+            f"give it a head or a loss: plus.{name}.loss NAME."
+        )
+    terms.append({"name": name})
+    return terms[-1]
 
 
 def _set(node: dict[str, Any], path: list[str], value: Any) -> None:

@@ -1,9 +1,10 @@
 """The one place where names in a recipe become objects."""
 
+import contextlib
 import inspect
 import signal
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from metricface import heads, losses, miners, models
+from metricface.choices import is_number
 from metricface.data.images import ImageBatch, ImageSet, keep
 from metricface.losses import mined
-from metricface.training.objective import HeadObjective, MinedObjective, Objective
-from metricface.training.recipe import Component, Recipe, Stage
+from metricface.training.objective import HeadObjective, MinedObjective, Part, SumObjective, mines_for_itself
+from metricface.training.recipe import Component, Recipe, Stage, Term
 from samplers import IdentityBalancedBatchSampler, ImageBatchSampler
 
 Sampler = IdentityBalancedBatchSampler | ImageBatchSampler
@@ -24,11 +26,14 @@ def _by_name(*parts: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {part.__name__: part for part in parts}
 
 
-HEADS = _by_name(heads.Softmax, heads.CosFace)
+def _classes(module: Any) -> list[Callable[..., Any]]:
+    """What a package exports, without its plain functions."""
+    return [getattr(module, name) for name in module.__all__ if inspect.isclass(getattr(module, name))]
+
+
+HEADS = _by_name(*_classes(heads))
 LOSSES = _by_name(
-    losses.ContrastiveLoss,
-    losses.TripletLoss,
-    losses.MarginBasedLoss,
+    *_classes(losses),
     mined.BatchAllTripletLoss,
     mined.BatchHardTripletLoss,
     mined.SemiHardTripletLoss,
@@ -49,6 +54,10 @@ MINERS = _by_name(
 )
 SAMPLERS = _by_name(ImageBatchSampler, IdentityBalancedBatchSampler)
 OPTIMIZERS = _by_name(SGD, Adam, AdamW)
+# What the trainer knows and a recipe does not say.
+SIZES = ("num_classes", "embedding_dim")
+# Of the parts made only to try numbers on: a matrix for every class of a large set would take gigabytes.
+TRIAL_CLASSES = 10
 # fused: about half the time of the optimiser alone on a CPU (0.35 against 0.65 ms for 1.1 million weights).
 DEFAULT_OPTIMIZER = Component("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True})
 
@@ -84,18 +93,72 @@ def _find(
     return make
 
 
+def _sized(kind: str, component: Component, num_classes: int, embedding_dim: int) -> nn.Module:
+    """A head or loss, given the number of classes and dimensions where its constructor takes them.
+
+    So a loss that may keep one number for all classes, or one for each, keeps one for each.
+    """
+    known = HEADS if kind == "head" else LOSSES
+    make = _find(kind, component, known, named=SIZES)
+    sizes = dict(zip(SIZES, (num_classes, embedding_dim), strict=True))
+    taken = {name: size for name, size in sizes.items() if name in inspect.signature(make).parameters}
+    made: nn.Module = build(kind, component, known, **taken)
+    return made
+
+
 def check_names(recipe: Recipe) -> None:
-    """Raise ValueError for parts and options that do not exist, before any image is read."""
+    """Raise ValueError for parts, options and scheduled numbers that do not exist, before any image is read."""
     for stage in recipe.stages:
         _find("sampler", stage.sampler, SAMPLERS, 1, ("seed", "rank", "world_size"))
-        for kind, component, known, fixed in (
-            ("head", stage.head, HEADS, 2),
-            ("loss", stage.loss, LOSSES, 0),
-            ("miner", stage.miner, MINERS, 0),
-            ("optimizer", stage.optimizer, OPTIMIZERS, 1),
-        ):
-            if component is not None:
-                _find(kind, component, known, fixed, ("lr", "generator", "num_classes"))
+        for term in stage.terms():
+            for kind, component, known in (
+                ("head", term.head, HEADS),
+                ("loss", term.loss, LOSSES),
+                ("miner", term.miner, MINERS),
+            ):
+                if component is not None:
+                    _find(kind, component, known, named=("generator", *SIZES))
+        if stage.optimizer is not None:
+            _find("optimizer", stage.optimizer, OPTIMIZERS, 1, ("lr",))
+        _check_scheduled(stage, recipe.model.embedding_dim)
+
+
+def _check_scheduled(stage: Stage, embedding_dim: int) -> None:
+    """Raise ValueError for a schedule of what is no number, or through values that the constructor refuses."""
+    if not stage.schedules:
+        return
+    terms = {term.name: term for term in stage.terms()}
+    known = [f"{name}.{number}" for name, term in terms.items() for number in _numbers(term, embedding_dim)]
+    for key, schedule in stage.schedules.items():
+        where = f"Stage {stage.name!r}: schedules.{key}"
+        if key not in known:
+            raise ValueError(f"{where} names no number that a schedule can change; it can change {', '.join(known)}.")
+        name, _, number = key.partition(".")
+        for _, value in schedule.points:
+            try:
+                _trial(terms[name], embedding_dim, {} if number == "weight" else {number: float(value)})
+            except ValueError as error:
+                raise ValueError(f"{where} goes to {value:g}, which is refused: {error}") from error
+
+
+def _numbers(term: Term, embedding_dim: int) -> list[str]:
+    """What a schedule can change: the weight, and options of the head or loss that are plain, not whole, numbers."""
+    made = _trial(term, embedding_dim, {})
+    found = ["weight"]
+    for name in inspect.signature(type(made)).parameters:
+        value: Any = getattr(made, name, None)
+        if name not in SIZES and is_number(value):
+            with contextlib.suppress(ValueError):  # a count, which does not go from one value to the next
+                _trial(term, embedding_dim, {name: float(value)})
+                found.append(name)
+    return found
+
+
+def _trial(term: Term, embedding_dim: int, options: dict[str, float]) -> nn.Module:
+    """A small head or loss of a term with some options replaced."""
+    kind, component = ("head", term.head) if term.head is not None else ("loss", term.loss)
+    assert component is not None
+    return _sized(kind, Component(component.name, component.options | options), TRIAL_CLASSES, embedding_dim)
 
 
 def device(name: str) -> torch.device:
@@ -179,25 +242,25 @@ def describe(batches: Sampler) -> str:
     return text
 
 
-def objective(stage: Stage, recipe: Recipe, num_classes: int) -> Objective:
+def objective(stage: Stage, recipe: Recipe, num_classes: int) -> SumObjective:
     """What a stage minimises; class-wise parts are sized to the training people."""
-    if stage.head is not None:
-        return HeadObjective(build("head", stage.head, HEADS, num_classes, recipe.model.embedding_dim))
-    assert stage.loss is not None
-    # beta per class is the paper's default, and only the trainer knows how many classes there are
-    per_class = (losses.MarginBasedLoss.__name__, mined.AllPairsMarginBasedLoss.__name__)
-    sized = {"num_classes": num_classes} if stage.loss.name in per_class else {}
-    loss = build("loss", stage.loss, LOSSES, **sized)
-    miner = None if stage.miner is None else _miner(stage.miner)
-    if stage.miner is not None and type(loss).__module__ == mined.__name__:
-        raise ValueError(f"The loss {stage.loss.name} mines for itself; leave the miner {stage.miner.name} out.")
-    return MinedObjective(
-        loss,
-        miner,
-        margin=_triplet_margin(loss),
-        distance=getattr(loss, "distance", "euclidean"),
-        normalize=getattr(loss, "normalize", True),
-    )
+    terms = stage.terms()
+    parts = {term.name: _part(term, num_classes, recipe.model.embedding_dim) for term in terms}
+    return SumObjective(parts, {term.name: term.weight for term in terms}, stage.schedules)
+
+
+def _part(term: Term, num_classes: int, embedding_dim: int) -> Part:
+    if term.head is not None:
+        head = _sized("head", term.head, num_classes, embedding_dim)
+        assert isinstance(head, heads.base.Head)
+        return HeadObjective(head)
+    assert term.loss is not None
+    loss = _sized("loss", term.loss, num_classes, embedding_dim)
+    if term.miner is None:
+        return MinedObjective(loss, None)
+    if mines_for_itself(loss):
+        raise ValueError(f"The loss {term.loss.name} mines for itself; leave the miner {term.miner.name} out.")
+    return MinedObjective(loss, _miner(term.miner))
 
 
 def _miner(component: Component) -> nn.Module:
@@ -212,14 +275,6 @@ def _miner(component: Component) -> nn.Module:
         raise ValueError(f"The miners of {component.name} are given as name and options; {error}.") from error
     made: nn.Module = build("miner", Component(component.name, component.options | inner), MINERS)
     return made
-
-
-def _triplet_margin(loss: nn.Module) -> float | Literal["soft"] | None:
-    """Below which d_an - d_ap a triplet has a loss."""
-    if isinstance(loss, losses.TripletLoss):
-        return loss.margin
-    # One of a triplet's two pairs violates beta -+ alpha wherever d_ap + 2 alpha > d_an.
-    return 2.0 * loss.alpha if isinstance(loss, losses.MarginBasedLoss) else None
 
 
 def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
@@ -239,11 +294,18 @@ def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
 
 
 def rehearse(recipe: Recipe, images: ImageSet) -> None:
-    """Make every stage's parts once and drop them, so that a wrong name or size is found before the first stage."""
+    """Make every stage's parts and call its objective once, then drop them.
+
+    So a wrong name, a wrong size and parts that do not go together are found before the first stage, and are not taken
+    for the divergence of a later one.
+    """
+    rows = torch.randn(4, recipe.model.embedding_dim, generator=torch.Generator().manual_seed(0))
     for stage in recipe.stages:
         try:
             sampler(stage, images, recipe.seed)
             goal = objective(stage, recipe, len(images.identities))
+            goal.follow(0.0)
+            goal(rows, torch.tensor([0, 0, 1, 1]))
             optimizer(stage, nn.Linear(1, 1), goal)
         except (ValueError, TypeError) as error:
             hint = f" (--stages.{stage.name}.sampler.options.identities_per_batch)"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from metricface.data.images import ImageSet
-from metricface.distances import unit_rows
+from metricface.distances import full_precision, unit_rows
 from metricface.evaluation import retrieval, verification
 from metricface.evaluation.pairs import PairList, make_pairs
 from metricface.evaluation.verification import VerificationReport
@@ -66,8 +66,8 @@ class HeldOut:
         return Scored(figures, scores, self.pairs.same, report)
 
 
-def embed(model: nn.Module, images: ImageSet, device: torch.device) -> NDArray[np.float32]:
-    """Unit-length embeddings (N, D) of a set, in its order; the model's mode is restored afterwards.
+def embed(model: nn.Module, images: ImageSet, device: torch.device, *, unit: bool = True) -> NDArray[np.float32]:
+    """Embeddings (N, D) of a set, in its order, of unit length or raw; the model's mode is restored afterwards.
 
     Raises ValueError, with their number, where embeddings are not finite.
     """
@@ -75,7 +75,8 @@ def embed(model: nn.Module, images: ImageSet, device: torch.device) -> NDArray[n
     model.eval()
     try:
         with torch.inference_mode():
-            parts = [unit_rows(model(batch.to(device))).cpu() for batch in _batches(images)]
+            prepare = unit_rows if unit else full_precision
+            parts = [prepare(model(batch.to(device))).cpu() for batch in _batches(images)]
     finally:
         model.train(was_training)
     embeddings = torch.cat(parts)

@@ -179,6 +179,8 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
     else:
         run._start_weights = _copy(run.model)
         run.say(f"stage {stage.name}: {assemble.describe(under_way.sampler)}")
+        if stage.class_means:
+            stages.start_from_class_means(under_way, run.people, run.model, run.device)
     steps_before = run.step - under_way.clock.steps
 
     def report(step: int, scalars: dict[str, float]) -> None:

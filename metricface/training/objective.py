@@ -1,6 +1,9 @@
-"""What a stage minimises: a head, or a loss on mined tuples. Embeddings in, one scalar and named figures out."""
+"""What a stage minimises: a weighted sum of heads, and of losses on mined tuples.
 
-from collections.abc import Sequence
+Embeddings in, one scalar and named figures out.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -8,7 +11,11 @@ from torch import Tensor, nn
 
 from metricface.diagnostics import mining_statistics, pair_statistics
 from metricface.distances import Distance
+from metricface.heads.base import Head
+from metricface.losses import MarginBasedLoss, TripletLoss, mined
 from metricface.miners import RandomMiner
+from metricface.training.recipe import Schedule
+from metricface.training.schedules import scheduled
 from metricface.tuples import Pairs
 
 SHARES = ("active_share", "easy_share", "semi_hard_share", "hard_share")
@@ -17,7 +24,7 @@ SHARES = ("active_share", "easy_share", "semi_hard_share", "hard_share")
 class HeadObjective(nn.Module):
     """A classification head on raw embeddings."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
         self.head = head
 
@@ -26,35 +33,18 @@ class HeadObjective(nn.Module):
         loss: Tensor = self.head(embeddings, labels)
         return loss
 
-    @torch.no_grad()
     def statistics(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Share of the batch that the head classifies rightly, without its margin."""
-        logits: Tensor = self.head.logits(embeddings)  # type: ignore[operator]
-        return {"head/accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        """What the head says of the batch that `forward` saw last: how much it classifies rightly, and more."""
+        return {f"head/{name}": value for name, value in (self.head.last or {}).items()}
 
 
 class MinedObjective(nn.Module):
-    """A pair or triplet loss on what a miner picks from the batch; without a miner, on all of it.
+    """A pair or triplet loss on what a miner picks from the batch; without a miner, on all of it."""
 
-    margin: what `statistics` calls an active triplet; none where the loss does not compare the two distances.
-    distance: in which it reports d_ap and d_an; normalize: of unit rows or raw ones.
-    """
-
-    def __init__(
-        self,
-        loss: nn.Module,
-        miner: nn.Module | None,
-        *,
-        margin: float | Literal["soft"] | None,
-        distance: Distance,
-        normalize: bool,
-    ) -> None:
+    def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
         super().__init__()
         self.loss = loss
         self.miner = miner
-        self.margin = margin
-        self.distance = distance
-        self.normalize = normalize
         self._mined: Sequence[Tensor] | None = None
         # Where nothing is mined, d_ap and d_an are shown of random triplets, drawn without touching training's draws.
         self._sampler = RandomMiner(generator=torch.Generator().manual_seed(0))
@@ -67,25 +57,105 @@ class MinedObjective(nn.Module):
 
     @torch.no_grad()
     def statistics(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What mining offered in the batch that `forward` saw last; where nothing mined, a sample of its triplets."""
-        rows = embeddings.detach()
+        """What mining offered in the batch that `forward` saw last, and what the loss says of it.
+
+        Where nothing mined and the loss says nothing, d_ap and d_an of a sample of its triplets.
+        """
         seen: dict[str, Tensor] | None = getattr(self.loss, "last", None)
-        if seen is not None:  # a loss that mines for itself
-            return {f"mining/{name}": value for name, value in seen.items()}
-        if self._mined is not None and len(self._mined) == 4:
-            pairs = pair_statistics(rows, Pairs(*self._mined), distance=self.distance, normalize=self.normalize)
-            return {f"mining/{name}": value for name, value in pairs.items()}
-        found = mining_statistics(
-            rows,
-            labels,
-            self._sampler(rows, labels) if self._mined is None else self._mined,
-            margin=0.0 if self.margin is None else self.margin,
-            distance=self.distance,
-            normalize=self.normalize,
+        kind = "mining" if mines_for_itself(self.loss) else "loss"
+        told = {f"{kind}/{name}": value for name, value in (seen or {}).items()}
+        if self._mined is not None:
+            return told | {f"mining/{name}": value for name, value in self._of(self._mined, embeddings, labels).items()}
+        if told:
+            return told
+        sample = self._sampler(embeddings.detach(), labels)
+        return {f"random/{name}": value for name, value in self._of(sample, embeddings, labels).items()}
+
+    def _of(self, found: Sequence[Tensor], embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Statistics of three index tensors of triplets, or four of pairs, in the loss's own distance."""
+        rows = embeddings.detach()
+        distance: Distance = getattr(self.loss, "distance", "euclidean")
+        normalize: bool = getattr(self.loss, "normalize", True)
+        if len(found) == 4:
+            return pair_statistics(rows, Pairs(*found), distance=distance, normalize=normalize)
+        # Asked each time: a schedule may change it.
+        margin = _triplet_margin(self.loss)
+        known = mining_statistics(
+            rows, labels, found, margin=0.0 if margin is None else margin, distance=distance, normalize=normalize
         )
-        told = found if self.margin is not None else {k: v for k, v in found.items() if k not in SHARES}
-        kind = "random" if self._mined is None else "mining"
-        return {f"{kind}/{name}": value for name, value in told.items()}
+        return known if margin is not None else {name: value for name, value in known.items() if name not in SHARES}
 
 
-Objective = HeadObjective | MinedObjective
+def mines_for_itself(loss: nn.Module) -> bool:
+    """Whether the loss is one of metricface.losses.mined, which take no miner."""
+    return type(loss).__module__ == mined.__name__
+
+
+def _triplet_margin(loss: nn.Module) -> float | Literal["soft"] | None:
+    """Below which d_an - d_ap a triplet has a loss; none where the loss does not compare the two distances."""
+    if isinstance(loss, TripletLoss):
+        return loss.margin
+    # One of a triplet's two pairs violates beta -+ alpha wherever d_ap + 2 alpha > d_an.
+    return 2.0 * loss.alpha if isinstance(loss, MarginBasedLoss) else None
+
+
+Part = HeadObjective | MinedObjective
+
+
+class SumObjective(nn.Module):
+    """The weighted sum of named parts, some of whose numbers follow schedules.
+
+    parts: the first is the stage's own, further ones its other terms. weights: the factor of each part, by its name.
+    schedules: which number follows which curve: PART.NUMBER, a plain attribute of the part's head or loss, or
+    PART.weight. After a call `values` holds each part's own loss, unweighted and without gradient.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Part], weights: Mapping[str, float], schedules: Mapping[str, Schedule]
+    ) -> None:
+        super().__init__()
+        self.parts = dict(parts)
+        # A list: a ModuleDict refuses names that are attributes of its own, such as "type".
+        self._registered = nn.ModuleList(parts.values())
+        self.weights = {name: weights[name] for name in parts}
+        self.schedules = dict(schedules)
+        self.values: dict[str, Tensor] = {}
+
+    def follow(self, progress: float) -> dict[str, float]:
+        """Set every scheduled number to its value at a share `progress` of the stage; return the values by key."""
+        found = {}
+        for key, schedule in self.schedules.items():
+            value = float(scheduled(progress, shape=schedule.shape, points=schedule.points))
+            name, _, number = key.partition(".")
+            if number == "weight":
+                self.weights[name] = value
+            else:
+                part = self.parts[name]
+                setattr(part.head if isinstance(part, HeadObjective) else part.loss, number, value)
+            found[key] = value
+        return found
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The sum: embeddings (B, D) raw, labels (B,), scalar. Of several parts one that raises ValueError is named."""
+        self.values = {}
+        terms = []
+        for name, part in self.parts.items():
+            try:
+                loss: Tensor = part(embeddings, labels)
+            except ValueError as error:
+                if len(self.parts) == 1:
+                    raise
+                raise ValueError(f"{name}: {error}") from error
+            self.values[name] = loss.detach()
+            terms.append(self.weights[name] * loss)
+        return sum(terms[1:], start=terms[0])
+
+    @torch.no_grad()
+    def statistics(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Those of the parts, a further part's under its name; in a sum of several also each loss, unweighted."""
+        found: dict[str, Tensor] = {}
+        for place, (name, part) in enumerate(self.parts.items()):
+            prefix = f"{name}/" if place else ""
+            found |= {f"{prefix}{key}": value for key, value in part.statistics(embeddings, labels).items()}
+        several = self.values if len(self.parts) > 1 else {}
+        return found | {f"loss/{name}": value for name, value in several.items()}

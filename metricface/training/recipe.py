@@ -4,6 +4,7 @@ A recipe holds names and numbers only; `metricface.training.assemble` is the one
 The defaults are the demo: procedural faces, CosFace pretraining, then triplets mined by the hardest in the batch.
 """
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
@@ -83,6 +84,39 @@ class Model:
 
 
 @dataclass
+class Term:
+    """One more term of the sum that a stage minimises: a head, or a loss with or without a miner.
+
+    Args:
+        name: By which schedules, curves and command-line settings call it; a Python identifier.
+        head: Classification; give either this or a loss.
+        loss: A pair or triplet loss, or one that keeps a centre for each class.
+        miner: What picks the loss's triplets; none: every pair or triplet of the batch.
+        weight: The factor of the term in the sum; the stage's own head or loss has 1.
+    """
+
+    name: str
+    head: Component | None = None
+    loss: Component | None = None
+    miner: Component | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class Schedule:
+    """How a number changes while a stage passes.
+
+    Args:
+        shape: Between two points: `ramp` is a line, `anneal` half a cosine, `step` holds the value of the first.
+        points: Pairs of a share of the stage, in [0, 1] and rising, and the value there; before the first point and
+            after the last the value stays.
+    """
+
+    shape: Literal["ramp", "anneal", "step"]
+    points: list[list[float]]
+
+
+@dataclass
 class Stage:
     """One stretch of training: batches from one sampler, one objective, one learning-rate schedule.
 
@@ -92,6 +126,11 @@ class Stage:
         head: Classification, dropped when the stage ends; give either this or a loss.
         loss: A pair or triplet loss.
         miner: What picks the loss's triplets; none: every pair or triplet of the batch.
+        plus: Further terms of the sum that is minimised, beside the head or loss above, whose weight is 1.
+        schedules: Numbers that change over the stage, called PART.NUMBER: `head.margin_cos`, `loss.margin`,
+            `TERM.margin` of a further term's head or loss; `weight` is a term's factor in the sum.
+        class_means: Whether heads and centres start from the mean embedding of each training person, under the network
+            as it is then.
         share: Of the recipe's budget, in proportion to the other stages' shares.
         epochs: Length where the recipe has no budget; or give steps.
         steps: Likewise.
@@ -109,6 +148,9 @@ class Stage:
     head: Component | None = None
     loss: Component | None = None
     miner: Component | None = None
+    plus: list[Term] = field(default_factory=list)
+    schedules: dict[str, Schedule] = field(default_factory=dict)
+    class_means: bool = False
     share: float = 1.0
     epochs: float | None = None
     steps: int | None = None
@@ -119,6 +161,11 @@ class Stage:
     objective_learning_rate: float | None = None
     batch_norm: Literal["train", "frozen"] = "train"
     clip_norm: float | None = None
+
+    def terms(self) -> list[Term]:
+        """The whole sum: the stage's own head or loss, under the name `head` or `loss`, and the further terms."""
+        main = Term("loss" if self.head is None else "head", self.head, self.loss, self.miner)
+        return [main, *self.plus]
 
 
 def default_stages() -> list[Stage]:
@@ -209,12 +256,9 @@ def check(recipe: Recipe) -> None:
 
 def _check_stage(stage: Stage, *, timed: bool) -> None:
     where = f"Stage {stage.name!r}"
-    if (stage.head is None) == (stage.loss is None):
-        raise ValueError(f"{where} needs either a head or a loss; found {'neither' if stage.head is None else 'both'}.")
-    if stage.miner is not None and stage.loss is None:
-        raise ValueError(
-            f"{where} has a miner but no loss; a head takes no mined triplets. Give a loss or drop the miner."
-        )
+    _check_part(where, stage)
+    _check_terms(where, stage)
+    _check_schedules(where, stage)
     if timed and (stage.epochs is not None or stage.steps is not None):
         raise ValueError(
             f"{where} has its own length (epochs or steps), but the recipe's budget decides it. Set budget to null "
@@ -232,6 +276,51 @@ def _check_stage(stage: Stage, *, timed: bool) -> None:
         raise ValueError(f"{where}: warmup={stage.warmup} is a share of the stage; it must lie in [0, 1).")
 
 
+def _check_part(where: str, part: Stage | Term) -> None:
+    if (part.head is None) == (part.loss is None):
+        raise ValueError(f"{where} needs either a head or a loss; found {'neither' if part.head is None else 'both'}.")
+    if part.miner is not None and part.loss is None:
+        raise ValueError(
+            f"{where} has a miner but no loss; a head takes no mined triplets. Give a loss or drop the miner."
+        )
+
+
+def _check_terms(where: str, stage: Stage) -> None:
+    names = [term.name for term in stage.plus]
+    # Curves, schedules and dotted settings go by these names.
+    if len({*names, "head", "loss"}) != len(names) + 2 or not all(name.isidentifier() for name in names):
+        raise ValueError(
+            f"{where}: the names of its further terms (plus) must be different identifiers, and not head or loss, "
+            f"which name its own; found {names}."
+        )
+    for term in stage.plus:
+        _check_part(f"{where}: its term {term.name!r}", term)
+        if not _is_weight(term.weight):
+            raise ValueError(f"{where}: plus.{term.name}.weight={term.weight} must be finite and 0 or more.")
+    if stage.class_means and all(term.head is None and not _has_centres(term) for term in stage.terms()):
+        raise ValueError(
+            f"{where} has class_means=True, but no head and no CenterLoss that could start from them. Leave it out."
+        )
+
+
+def _check_schedules(where: str, stage: Stage) -> None:
+    for key, schedule in stage.schedules.items():
+        points = schedule.points
+        if not points or not all(len(point) == 2 and math.isfinite(point[1]) for point in points):
+            raise ValueError(
+                f"{where}: schedules.{key} needs points [share of the stage, value], at least one; found {points}."
+            )
+        shares = [share for share, _ in points]
+        if not all(0.0 <= share <= 1.0 for share in shares) or shares != sorted(set(shares)):
+            raise ValueError(f"{where}: the shares of schedules.{key} must rise within [0, 1]; found {shares}.")
+        if key.endswith(".weight") and not all(_is_weight(value) for _, value in points):
+            raise ValueError(f"{where}: the weights of schedules.{key} must be 0 or more; found {points}.")
+
+
+def _is_weight(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dicts, lists and numbers, for YAML, JSON and comparison."""
     return asdict(recipe)
@@ -247,10 +336,16 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         ]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [found for x, y in zip(a, b, strict=True) for found in differences(x, y, f"{path}.{_called(x, y)}")]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{path}.{key}")]
     return [] if a == b else [f"{path} ({a!r} against {b!r})"]
 
 
 def _called(a: Any, b: Any) -> str:
-    """What users call an item of a list of stages."""
+    """What users call an item of a list of stages or terms."""
     names = [getattr(item, "name", "?") for item in (a, b)]
     return str(names[0]) if names[0] == names[1] else f"{names[0]}/{names[1]}"
+
+
+def _has_centres(term: Term) -> bool:
+    return term.loss is not None and term.loss.name == "CenterLoss"

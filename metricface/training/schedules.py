@@ -1,11 +1,14 @@
-"""How far a stage has come, and the learning rate that belongs there."""
+"""How far a stage has come, and the learning rate, weights and margins that belong there."""
 
+import itertools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Shape = Literal["cosine", "linear", "constant"]
+Curve = Literal["ramp", "anneal", "step"]
 
 
 def learning_rate(progress: float, *, peak: float, warmup: float, shape: Shape) -> float:
@@ -22,6 +25,26 @@ def learning_rate(progress: float, *, peak: float, warmup: float, shape: Shape) 
     left = 1.0 - (progress - warmup) / (1.0 - warmup)  # 1 at the peak, 0 at the end
     fall = 0.5 - 0.5 * math.cos(math.pi * left) if shape == "cosine" else left
     return peak * (0.01 + 0.99 * fall)
+
+
+def scheduled(progress: float, *, shape: Curve, points: Sequence[Sequence[float]]) -> float:
+    """The value of a curve at a share `progress` in [0, 1] of a stage.
+
+    points: at least one (share, value), shares rising. Between two points the value goes along a line ("ramp") or half
+    a cosine ("anneal"), or stays that of the first until the second is reached ("step"). It stays before the first
+    point and after the last.
+    """
+    if progress < points[0][0]:
+        return points[0][1]
+    for (start, before), (end, after) in itertools.pairwise(points):
+        if progress < end:
+            passed = (progress - start) / (end - start)
+            if shape == "step":
+                return before
+            if shape == "anneal":
+                passed = 0.5 - 0.5 * math.cos(math.pi * passed)
+            return before + passed * (after - before)
+    return points[-1][1]
 
 
 @dataclass

@@ -13,8 +13,10 @@ from tqdm import tqdm
 from metricface.data.augment import augment
 from metricface.data.images import ImageBatch
 from metricface.diagnostics import embedding_statistics
+from metricface.losses import CenterLoss
 from metricface.training import assemble
-from metricface.training.objective import Objective
+from metricface.training.held_out import embed
+from metricface.training.objective import HeadObjective, SumObjective
 from metricface.training.people import People
 from metricface.training.recipe import Recipe, Stage, budget_seconds
 from metricface.training.schedules import Clock, learning_rate
@@ -31,7 +33,7 @@ class StageRun:
     """A stage under way: everything that a checkpoint in its middle has to hold, beside the trunk."""
 
     stage: Stage
-    objective: Objective
+    objective: SumObjective
     optimizer: Optimizer
     sampler: assemble.Sampler
     clock: Clock
@@ -74,6 +76,20 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
     )
 
 
+def start_from_class_means(run: StageRun, people: People, model: nn.Module, device: torch.device) -> None:
+    """Give the stage's heads and centres the mean embedding of each training person, under the network as it stands.
+
+    Images are embedded without augmentation, in evaluation mode, before the stage's clock starts.
+    """
+    embeddings = torch.from_numpy(embed(model, people.training, device, unit=False))  # (N, D), raw, on the CPU
+    labels = torch.from_numpy(people.training.labels)  # (N,)
+    for part in run.objective.parts.values():
+        if isinstance(part, HeadObjective):
+            part.head.class_weights_from(embeddings, labels)
+        elif isinstance(part.loss, CenterLoss):
+            part.loss.centers_from(embeddings.to(device), labels)
+
+
 def train(
     run: StageRun,
     recipe: Recipe,
@@ -100,6 +116,7 @@ def train(
     while clock.progress < 1.0 and not stopped():
         batch = next(batches)  # not before the test above: a batch that was pulled counts as trained on
         rate = _set_learning_rate(run)
+        numbers = run.objective.follow(clock.progress)
         loss, embeddings, labels = _step(run, recipe, people, model, batch, device)
         clock.steps += 1
         clock.images += len(labels)
@@ -107,6 +124,7 @@ def train(
         if clock.steps % recipe.log_every == 0 or clock.steps == 1:
             value = _finite(loss, run)
             scalars = _scalars(run, embeddings, labels)
+            scalars |= {f"schedule/{key}": number for key, number in numbers.items()}
             report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
             bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
         if clock.elapsed - saved_at >= recipe.checkpoint_every:
@@ -167,23 +185,33 @@ def _set_learning_rate(run: StageRun) -> float:
 def _finite(loss: Tensor, run: StageRun) -> float:
     value = float(loss)
     if not math.isfinite(value):
-        raise _diverged(run, f"loss is {value}")
+        raise _diverged(run, f"loss is {value}{_by_term(run.objective)}")
     return value
+
+
+def _by_term(objective: SumObjective) -> str:
+    """Which term it was, in a sum of several."""
+    values = objective.values if len(objective.parts) > 1 else {}
+    told = ", ".join(
+        f"{name} is {float(value):.4g} with weight {objective.weights[name]:.4g}" for name, value in values.items()
+    )
+    return f" ({told})" if told else ""
 
 
 def _check_weights(run: StageRun, model: nn.Module) -> None:
     """The update after the last finite loss may itself have been infinite."""
-    values = [*model.state_dict().values(), *run.objective.parameters()]
+    values = [*model.state_dict().values(), *run.objective.parameters(), *run.objective.buffers()]
     if not all(bool(torch.isfinite(value).all()) for value in values):
         raise _diverged(run, "weights are not finite")
 
 
 def _diverged(run: StageRun, what: str) -> TrainingDivergedError:
     name = run.stage.name
+    weights = "".join(f", or stages.{name}.plus.{term.name}.weight" for term in run.stage.plus)
     return TrainingDivergedError(
         f"Stage {name!r} has diverged: its {what} at step {run.clock.steps:,} (learning rate "
         f"{run.optimizer.param_groups[0]['lr']:.3g}). The last checkpoint is intact. "
-        f"Lower stages.{name}.learning_rate, lengthen its warmup, or set its clip_norm."
+        f"Lower stages.{name}.learning_rate{weights}, lengthen its warmup, or set its clip_norm."
     )
 
 

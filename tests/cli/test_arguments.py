@@ -6,7 +6,7 @@ import yaml
 
 from metricface.cli.arguments import Command, parse
 from metricface.training.loop import CHECKPOINT, RECIPE
-from metricface.training.recipe import Component, Recipe, Stage, as_dict
+from metricface.training.recipe import Component, Recipe, Schedule, Stage, Term, as_dict
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,68 @@ stages:
     assert loss.recipe.stages[1].loss == Component("ContrastiveLoss", {"normalize": True})
 
 
+SUM = """
+stages:
+- name: a
+  sampler: {name: ImageBatchSampler}
+  head: {name: CosFace}
+  plus:
+  - {name: triplet, loss: {name: TripletLoss, options: {margin: 0.5}}, miner: {name: BatchHardMiner}, weight: 0.1}
+  schedules:
+    head.margin_cos: {shape: ramp, points: [[0, 0], [0.5, 0.35]]}
+"""
+
+
+def parsed_sum(*argv: str) -> Stage:
+    Path("r.yaml").write_text(SUM)
+    return parse(["r.yaml", *argv]).recipe.stages[0]
+
+
+def test_terms_and_schedules_are_read_from_a_recipe_file() -> None:
+    triplet = Term("triplet", None, Component("TripletLoss", {"margin": 0.5}), Component("BatchHardMiner"), weight=0.1)
+    schedules = {"head.margin_cos": Schedule("ramp", [[0.0, 0.0], [0.5, 0.35]])}
+    assert parsed_sum() == Stage(
+        "a", Component("ImageBatchSampler"), head=Component("CosFace"), plus=[triplet], schedules=schedules
+    )
+
+
+def test_settings_of_a_term_go_by_its_name() -> None:
+    (term,) = parsed_sum(
+        "--stages.a.plus.triplet.weight", "1e-3", "--stages.a.plus.triplet.miner", "SemiHardMiner"
+    ).plus
+    assert (term.weight, term.miner) == (0.001, Component("SemiHardMiner"))
+    (term,) = parsed_sum("--stages.a.plus.triplet.loss.options.margin=0.2").plus
+    assert term.loss == Component("TripletLoss", {"margin": 0.2})
+    for argv in (
+        ["--stages.a.plus.triplet.loss", "ContrastiveLoss"],
+        ["--stages.a.plus.triplet.loss.name=ContrastiveLoss"],
+    ):
+        assert parsed_sum(*argv).plus[0].loss == Component("ContrastiveLoss")
+
+
+def test_a_head_or_loss_for_a_new_name_adds_a_term_and_an_empty_list_drops_all() -> None:
+    softmax = parse(["--stages.softmax.plus.centre.weight", "0.2", "--stages.softmax.plus.centre.loss", "TripletLoss"])
+    assert softmax.recipe.stages[0].plus == [Term("centre", loss=Component("TripletLoss"), weight=0.2)]
+    argv = ["--stages.a.plus.centre.loss.name", "TripletLoss", "--stages.a.plus", "[]"]
+    assert parsed_sum(*argv).plus == [Term("centre", loss=Component("TripletLoss"))]
+
+
+def test_a_schedule_goes_by_the_number_that_follows_it() -> None:
+    changed = parsed_sum("--stages.a.schedules.head.margin_cos.points", "[[0, 0.1], [1, 0.2]]").schedules
+    assert changed == {"head.margin_cos": Schedule("ramp", [[0.0, 0.1], [1.0, 0.2]])}
+    added = parsed_sum("--stages.a.schedules.triplet.weight", "{shape: step, points: [[0, 0], [0.5, 1]]}").schedules
+    assert added == {
+        "head.margin_cos": Schedule("ramp", [[0.0, 0.0], [0.5, 0.35]]),
+        "triplet.weight": Schedule("step", [[0.0, 0.0], [0.5, 1.0]]),
+    }
+    alone = [
+        "--stages.softmax.schedules.head.scale.shape=anneal",
+        "--stages.softmax.schedules.head.scale.points=[[0,9]]",
+    ]
+    assert parse(alone).recipe.stages[0].schedules == {"head.scale": Schedule("anneal", [[0.0, 9.0]])}
+    assert parsed_sum("--stages.a.schedules", "{}").schedules == {}
+
+
 def test_an_unknown_stage_is_an_error_that_lists_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "its stages are softmax, triplet" in message(["--stages.finetune.learning_rate", "1"], capsys)
 
@@ -90,6 +152,14 @@ def test_an_unknown_stage_is_an_error_that_lists_the_stages(capsys: pytest.Captu
         (["missing.yaml"], "missing.yaml"),
         (["--stages.triplet.clip_norm", "--seed", "1"], "--stages.triplet.clip_norm has no value"),
         (["--stages.triplet.name.x", "3"], "name holds one value"),
+        (
+            ["--stages.triplet.plus.centre.weight", "3"],
+            "no further term of that name (it has: none). To add it, give it",
+        ),
+        (["--stages.triplet.plus.centre", "3"], "say which setting of the term, such as plus.centre.weight"),
+        (["--stages.triplet.plus.centre.loss", "X", "--stages.triplet.plus.centre.wait", "3"], "'wait'"),
+        (["--stages.triplet.schedules.loss.margin.points", "[[0, 1]]"], "shape"),
+        (["--stages.triplet.schedules.loss.margin", "{shape: jump, points: [[0, 1]]}"], "jump"),
         (["--resume", "a", "--output", "b"], "give one"),
     ],
 )
@@ -137,6 +207,20 @@ def test_resume_with_other_settings_is_an_error_that_names_them(capsys: pytest.C
     assert "stages.triplet.learning_rate (0.05 against 9.0)" in text
 
 
+def test_resume_with_another_weight_or_schedule_is_an_error_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    saved = Recipe()
+    saved.stages[0].name = "first"
+    saved.stages[0].plus = [Term("centre", loss=Component("TripletLoss"), weight=0.2)]
+    saved.stages[0].schedules = {"head.scale": Schedule("ramp", [[0.0, 9.0]])}
+    written("out", saved)
+    assert parse(["--resume", "out", "--stages.first.plus.centre.weight", "0.2"]).recipe == saved
+    argv = ["--stages.first.plus.centre.weight", "0.3", "--stages.first.schedules.head.scale.shape", "step"]
+    for resume in (["--resume", "out"], ["--resume=out"]):
+        text = message([*resume, *argv], capsys)
+        assert "stages.first.plus.centre.weight (0.2 against 0.3)" in text
+        assert "stages.first.schedules.head.scale.shape ('ramp' against 'step')" in text
+
+
 def test_resume_may_change_what_does_not_touch_the_result() -> None:
     written("out")
     assert parse(["--resume", "out", "--data.workers", "7"]).recipe.data.workers == 7
@@ -146,11 +230,20 @@ def test_resume_of_a_folder_without_a_run_is_an_error(capsys: pytest.CaptureFixt
     assert "holds no run" in message(["--resume", "nowhere"], capsys)
 
 
+COMPOSED = [
+    "--stages.softmax.plus.centre.loss=TripletLoss",
+    "--stages.softmax.plus.centre.loss.options.margin=0.4",
+    "--stages.softmax.schedules.centre.weight={shape: ramp, points: [[0, 0], [1, 0.1]]}",
+]
+
+
 def test_a_printed_config_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse(["--seed", "4", "--print_config", "--stages.triplet.learning_rate=0.5"])
+        parse(["--seed", "4", "--print_config", "--stages.triplet.learning_rate=0.5", *COMPOSED])
     assert stopped.value.code == 0
     Path("r.yaml").write_text(capsys.readouterr().out)
     expected = Recipe(seed=4)
     expected.stages[1].learning_rate = 0.5
+    expected.stages[0].plus = [Term("centre", loss=Component("TripletLoss", {"margin": 0.4}))]
+    expected.stages[0].schedules = {"centre.weight": Schedule("ramp", [[0.0, 0.0], [1.0, 0.1]])}
     assert parse(["r.yaml"]).recipe == expected

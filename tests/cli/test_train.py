@@ -220,7 +220,7 @@ def test_the_shipped_recipes_run_on_folders_of_their_layout() -> None:
         (["--threads", "0"], "threads=0 must be above 0"),
         (["--model.options", '{"widths": "abc"}'], "The network small cannot be made"),
         (["--stages.softmax.epochs", "2"], "--budget null"),
-        (["--data.train", "synthetic", "--stages.softmax.head", "CosFase"], "known are CosFace, Softmax"),
+        (["--data.train", "synthetic", "--stages.softmax.head", "CosFase"], "known are AdaFace, ArcFace, CContrastive"),
     ],
 )
 def test_a_wrong_setting_is_a_clear_error_and_leaves_nothing_behind(

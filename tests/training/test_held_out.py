@@ -39,6 +39,15 @@ def test_embeddings_have_length_one_in_the_order_of_the_set_and_the_mode_is_rest
     assert embeddings[:4, 0].min() > 0.9
 
 
+def test_embeddings_are_raw_where_that_is_asked_for() -> None:
+    model = Tones()
+    raw = embed(model, people(), CPU, unit=False)
+    expected = [model.eval()(people().preprocessing.to_input(people()[i].images))[0].tolist() for i in range(12)]
+    np.testing.assert_allclose(raw, expected, atol=1e-6)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), embed(model, people(), CPU), atol=1e-6)
+    assert np.linalg.norm(raw, axis=1).std() > 0.01
+
+
 def test_separable_people_are_scored_perfect_on_every_figure() -> None:
     listed = PairList(
         np.array([0, 4, 0, 1]), np.array([1, 5, 4, 8]), np.array([1, 1, 0, 0], bool), np.array([0, 1, 0, 1])

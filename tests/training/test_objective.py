@@ -1,11 +1,17 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
-from metricface.heads import Softmax
-from metricface.losses import ContrastiveLoss, TripletLoss
+from metricface.heads import CosFace, Softmax
+from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss
 from metricface.losses.mined import BatchHardTripletLoss
 from metricface.miners import BatchHardMiner, PairMarginMiner
-from metricface.training.objective import HeadObjective, MinedObjective
+from metricface.training.objective import HeadObjective, MinedObjective, Part, SumObjective
+from metricface.training.recipe import Schedule
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,7 +20,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mined(miner: BatchHardMiner | None) -> MinedObjective:
-    return MinedObjective(TripletLoss(0.2), miner, margin=0.2, distance="squared_euclidean", normalize=True)
+    return MinedObjective(TripletLoss(0.2), miner)
 
 
 def test_a_mined_objective_is_miner_and_loss_called_by_hand() -> None:
@@ -35,7 +41,7 @@ def test_without_a_miner_every_triplet_counts_and_statistics_are_of_random_ones(
 
 def test_a_loss_without_a_triplet_margin_claims_no_active_share() -> None:
     embeddings, labels = batch()
-    objective = MinedObjective(ContrastiveLoss(), None, margin=None, distance="euclidean", normalize=False)
+    objective = MinedObjective(ContrastiveLoss(), None)
     objective(embeddings, labels)
     found = objective.statistics(embeddings, labels)
     assert "random/d_ap_mean" in found
@@ -56,9 +62,7 @@ def test_statistics_are_of_the_triplets_that_were_mined() -> None:
 
 def test_statistics_of_a_loss_that_mines_for_itself_are_what_it_saw() -> None:
     embeddings, labels = batch()
-    by_itself = MinedObjective(
-        BatchHardTripletLoss(0.2), None, margin=0.2, distance="squared_euclidean", normalize=True
-    )
+    by_itself = MinedObjective(BatchHardTripletLoss(0.2), None)
     with_miner = mined(BatchHardMiner())
     assert by_itself(embeddings, labels).item() == pytest.approx(with_miner(embeddings, labels).item())
     found, expected = by_itself.statistics(embeddings, labels), with_miner.statistics(embeddings, labels)
@@ -69,9 +73,7 @@ def test_statistics_of_a_loss_that_mines_for_itself_are_what_it_saw() -> None:
 
 def test_statistics_of_mined_pairs_are_of_pairs_and_never_of_all_triplets_that_they_could_form() -> None:
     embeddings, labels = batch()
-    objective = MinedObjective(
-        ContrastiveLoss(), PairMarginMiner(0.1, 1.5), margin=None, distance="euclidean", normalize=True
-    )
+    objective = MinedObjective(ContrastiveLoss(normalize=True), PairMarginMiner(0.1, 1.5))
     objective(embeddings, labels)
     found = objective.statistics(embeddings, labels)
     pairs = PairMarginMiner(0.1, 1.5)(embeddings, labels)
@@ -94,5 +96,159 @@ def test_a_head_reports_its_accuracy_without_its_margin() -> None:
     head = Softmax(3, 3, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.eye(3))
-    accuracy = HeadObjective(head).statistics(torch.eye(3), torch.tensor([0, 1, 0]))["head/accuracy"]
-    assert accuracy.item() == pytest.approx(2 / 3)
+    objective, seen = HeadObjective(head), (torch.eye(3), torch.tensor([0, 1, 0]))
+    objective(*seen)
+    assert objective.statistics(*seen)["head/accuracy"].item() == pytest.approx(2 / 3)
+
+
+def test_a_head_is_not_asked_for_all_its_logits_to_say_what_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = HeadObjective(CosFace(4, 8))
+    monkeypatch.setattr(objective.head, "logits", None)
+    rows = torch.randn(6, 8), torch.arange(6) % 4
+    objective(*rows)
+    assert set(objective.statistics(*rows)) == {"head/accuracy", "head/target_angle_deg", "head/zero_embeddings"}
+
+
+class Centred(nn.Module):
+    """A loss that says what it saw and does not mine."""
+
+    last: dict[str, torch.Tensor] | None = None
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, found: object = None) -> torch.Tensor:
+        self.last = {"center_distance": embeddings.detach().norm(dim=1).mean()}
+        return 0.5 * embeddings.square().sum(dim=1).mean()
+
+
+def test_what_a_loss_says_is_not_called_mining_and_hides_nothing_of_its_miner() -> None:
+    embeddings, labels = batch()
+    alone, with_miner = MinedObjective(Centred(), None), MinedObjective(Centred(), BatchHardMiner())
+    alone(embeddings, labels)
+    with_miner(embeddings, labels)
+    assert set(alone.statistics(embeddings, labels)) == {"loss/center_distance"}
+    assert {"loss/center_distance", "mining/triplets"} < set(with_miner.statistics(embeddings, labels))
+
+
+def test_active_triplets_are_those_of_the_margin_that_a_loss_has_now() -> None:
+    embeddings, labels = batch()
+    shares = []
+    for loss, number in ((TripletLoss(0.0), "margin"), (MarginBasedLoss(alpha=0.0), "alpha")):
+        objective = MinedObjective(loss, None)
+        objective(embeddings, labels)
+        for value in (0.0, 4.0):
+            setattr(loss, number, value)
+            shares.append(objective.statistics(embeddings, labels)["random/active_share"].item())
+    assert shares[0] < 1.0 == shares[1]
+    assert shares[2] < 1.0 == shares[3]
+
+
+def summed(weight: float = 0.25, **schedules: Schedule) -> SumObjective:
+    head = CosFace(4, 8, margin_cos=0.3, scale=4.0, generator=torch.Generator().manual_seed(1)).double()
+    parts: dict[str, Part] = {
+        "head": HeadObjective(head),
+        "triplet": MinedObjective(TripletLoss(0.2), BatchHardMiner()),
+    }
+    named = {key.replace("__", "."): schedule for key, schedule in schedules.items()}
+    return SumObjective(parts, {"head": 1.0, "triplet": weight}, named)
+
+
+def cosface_and_batch_hard(
+    x: NDArray[np.float64], classes: NDArray[np.float64], labels: list[int], *, margin_cos: float, margin: float
+) -> tuple[float, float]:
+    """Both losses in loops: CosFace of scale 4, and FaceNet's triplet loss on the hardest in the batch."""
+    unit = [row / np.linalg.norm(row) for row in x]
+    vectors = [row / np.linalg.norm(row) for row in classes]
+    cross_entropy = triplets = 0.0
+    for a, label in enumerate(labels):
+        logits = [4.0 * (unit[a] @ w - (margin_cos if j == label else 0.0)) for j, w in enumerate(vectors)]
+        cross_entropy += np.log(sum(np.exp(z) for z in logits)) - logits[label]
+        positive = max(((unit[a] - unit[p]) ** 2).sum() for p, other in enumerate(labels) if other == label and p != a)
+        negative = min(((unit[a] - unit[n]) ** 2).sum() for n, other in enumerate(labels) if other != label)
+        triplets += max(0.0, positive - negative + margin)
+    return float(cross_entropy / len(labels)), float(triplets / len(labels))
+
+
+def weights_of(objective: SumObjective) -> NDArray[np.float64]:
+    head = objective.parts["head"]
+    assert isinstance(head, HeadObjective)
+    weight: NDArray[np.float64] = head.head.get_parameter("weight").detach().numpy()
+    return weight
+
+
+def test_a_sum_is_each_loss_times_its_weight_and_so_is_its_gradient() -> None:
+    embeddings, labels = batch()
+    x = embeddings.detach().double().requires_grad_()
+    objective = summed(0.25)
+    head, triplet = cosface_and_batch_hard(
+        x.detach().numpy(), weights_of(objective), labels.tolist(), margin_cos=0.3, margin=0.2
+    )
+    value = objective(x, labels)
+    assert value.item() == pytest.approx(head + 0.25 * triplet, abs=1e-9)
+    assert {name: part.item() for name, part in objective.values.items()} == pytest.approx(
+        {"head": head, "triplet": triplet}
+    )
+    (gradient,) = torch.autograd.grad(value, x)
+    alone = [torch.autograd.grad(part(x, labels), x)[0] for part in objective.parts.values()]
+    torch.testing.assert_close(gradient, alone[0] + 0.25 * alone[1])
+    assert alone[1].abs().sum() > 0
+
+
+def test_scheduled_weights_and_margins_are_those_of_the_moment() -> None:
+    embeddings, labels = batch()
+    x = embeddings.detach().double()
+    objective = summed(
+        head__margin_cos=Schedule("ramp", [[0.0, 0.0], [1.0, 0.4]]),
+        triplet__margin=Schedule("step", [[0.0, 0.1], [0.5, 0.5]]),
+        triplet__weight=Schedule("anneal", [[0.0, 2.0], [1.0, 0.0]]),
+    )
+    for progress, margin_cos, margin, weight in ((0.0, 0.0, 0.1, 2.0), (0.5, 0.2, 0.5, 1.0), (1.0, 0.4, 0.5, 0.0)):
+        assert objective.follow(progress) == pytest.approx(
+            {"head.margin_cos": margin_cos, "triplet.margin": margin, "triplet.weight": weight}, abs=1e-12
+        )
+        head, triplet = cosface_and_batch_hard(
+            x.numpy(), weights_of(objective), labels.tolist(), margin_cos=margin_cos, margin=margin
+        )
+        assert objective(x, labels).item() == pytest.approx(head + weight * triplet, abs=1e-9)
+
+
+def test_a_sum_shows_the_curves_of_every_part_and_each_loss_without_its_weight() -> None:
+    embeddings, labels = batch()
+    objective = summed(0.25)
+    objective(embeddings.double(), labels)
+    found = objective.statistics(embeddings.double(), labels)
+    assert {"head/accuracy", "triplet/mining/active_share", "loss/head", "loss/triplet"} < set(found)
+    assert not any(name.startswith("mining/") for name in found)
+    assert found["loss/triplet"].item() == objective.values["triplet"].item() > 0
+
+
+def test_a_sum_of_one_part_is_that_part_to_the_bit_and_has_its_curves() -> None:
+    embeddings, labels = batch()
+    alone = mined(BatchHardMiner())
+    objective = SumObjective({"loss": mined(BatchHardMiner())}, {"loss": 1.0}, {})
+    assert torch.equal(objective(embeddings, labels), alone(embeddings, labels))
+    found, expected = objective.statistics(embeddings, labels), alone.statistics(embeddings, labels)
+    assert {name: value.item() for name, value in found.items()} == {n: value.item() for n, value in expected.items()}
+
+
+def test_a_term_may_be_called_as_an_attribute_of_modules_and_its_parameters_are_saved() -> None:
+    parts: dict[str, Part] = {
+        "head": HeadObjective(Softmax(4, 8)),
+        "type": MinedObjective(MarginBasedLoss(4), None),
+    }
+    objective = SumObjective(parts, {"head": 1.0, "type": 0.5}, {})
+    saved = copy.deepcopy(objective.state_dict())
+    assert len(list(objective.parameters())) == 3
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(1.0)
+    objective.load_state_dict(saved)
+    for name, value in objective.state_dict().items():
+        assert torch.equal(value, saved[name])
+
+
+def test_an_error_of_one_part_of_a_sum_names_the_part() -> None:
+    embeddings, labels = batch()
+    objective = SumObjective(
+        {"loss": mined(None), "second": HeadObjective(Softmax(2, 8))}, {"loss": 1.0, "second": 1.0}, {}
+    )
+    with pytest.raises(ValueError, match=r"^second: labels must lie in \[0, 2\)"):
+        objective(embeddings, labels)
