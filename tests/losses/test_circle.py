@@ -11,7 +11,7 @@ from metricface.losses.circle import circle
 from tests.losses import oracles
 from tests.vectors import case
 
-FLAT, PER_ANCHOR, GRADIENT = (case(f"A9.circle_{name}") for name in ("flat", "per_anchor", "gradient"))
+FLAT, PER_ANCHOR, GRADIENT = case("A9.circle_flat"), case("A9.circle_per_anchor"), case("A9.circle_gradient")
 X6 = torch.tensor(FLAT["inputs"]["X"], dtype=torch.float64)
 LABELS = torch.tensor(FLAT["inputs"]["labels"])
 
