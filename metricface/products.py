@@ -74,7 +74,8 @@ def reduce_others(
     (a reference of length 0 has product 0). bias: (R,) added to the products, not together with unit_references.
     group: references of a column, one after the other (sub-centres); only a `transform` can reduce them to one.
     transform: what is summed, as a differentiable function of (b, c x group) products, (b, 1) own products and `extra`;
-    it returns (b, c). N must then be 1. reduction: over the columns. hold: keep the products for the backward pass.
+    it returns (b, c). The backward pass calls it again, so it must not look at anything that changes in between. N must
+    then be 1. reduction: over the columns. hold: keep the products for the backward pass.
     Gradients flow to queries, references, bias and extra, once (create_graph=True is a RuntimeError).
     """
     assert bias is None or not unit_references
@@ -147,6 +148,8 @@ def _call(
     reduction: Reduction,
     hold: bool,
 ) -> Others:
+    tensors = (queries, references, bias, *extra)
+    hold = hold and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     plan = _plan(queries, references, left_out, rows, unit, group, transform, reduction, hold)
     with without_autocast(queries):
         return Others(*_ReduceOthers.apply(plan, queries, references, bias, *extra))  # type: ignore[no-untyped-call]

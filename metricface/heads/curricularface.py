@@ -1,6 +1,7 @@
 """CurricularFace: hard negative classes weigh little at first, and more as training goes on."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,19 +50,13 @@ class CurricularFace(CosineHead):
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             self._observe(x, labels)
-        others = self._others(unit_rows(x), labels, transform=self._hardened)
+        # The values of now: the backward pass comes back to them, maybe after another batch or a schedule moved them.
+        hardened = partial(_hardened, t=self.t.to(x.dtype, copy=True), margin_rad=self.margin_rad, scale=self.scale)
+        others = self._others(unit_rows(x), labels, transform=hardened)
         target = self._target(others.own, x, labels)
         assert self.last is not None
         self.last["t"] = self.t.clone()
         return cross_entropy(others.reduced, self.scale * self.target_cos(target))
-
-    def _hardened(self, cos: Tensor, own: Tensor) -> Tensor:
-        """Logits of the other classes: (b, c) cosines, (b, 1) those of the own class -> (b, c)."""
-        own = own.detach()
-        harder = own * math.cos(self.margin_rad) - (1.0 - own.square()).clamp_min(0.0).sqrt() * math.sin(
-            self.margin_rad
-        )
-        return self.scale * torch.where(cos > harder, cos * (self.t.to(cos.dtype) + cos), cos)
 
     @torch.no_grad()
     def _observe(self, x: Tensor, labels: Tensor) -> None:
@@ -72,3 +67,10 @@ class CurricularFace(CosineHead):
     def extra_repr(self) -> str:
         """Shown by print(head)."""
         return f"{super().extra_repr()}, margin_rad={self.margin_rad}, rate={self.rate}"
+
+
+def _hardened(cos: Tensor, own: Tensor, *, t: Tensor, margin_rad: float, scale: float | Tensor) -> Tensor:
+    """Logits of the other classes: (b, c) cosines, (b, 1) those of the own class -> (b, c)."""
+    own = own.detach()
+    harder = own * math.cos(margin_rad) - (1.0 - own.square()).clamp_min(0.0).sqrt() * math.sin(margin_rad)
+    return scale * torch.where(cos > harder, cos * (t + cos), cos)

@@ -1,5 +1,7 @@
 """Pair and triplet losses between embeddings and class vectors: NormFace's agents and the nearest-proxies triplet."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,11 +43,8 @@ class CContrastive(_ProxyHead):
         self.margin = margin
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        others = self._others(unit_rows(x), labels, transform=self._negative, reduction="sum")
+        others = self._others(unit_rows(x), labels, transform=partial(_negatives, margin=self.margin), reduction="sum")
         return 2.0 - 2.0 * others.own + others.reduced
-
-    def _negative(self, cos: Tensor, _: Tensor) -> Tensor:
-        return (self.margin - 2.0 + 2.0 * cos).clamp_min(0.0)
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""
@@ -82,10 +81,7 @@ class CTriplet(_ProxyHead):
         z = unit_rows(x)
         if self.hardest_only:
             return 2.0 * _nearest_hinges(self, z, labels, 1, 0.5 * self.margin)
-        return self._others(z, labels, transform=self._triplet, reduction="sum").reduced
-
-    def _triplet(self, cos: Tensor, own: Tensor) -> Tensor:
-        return (self.margin - 2.0 * own + 2.0 * cos).clamp_min(0.0)
+        return self._others(z, labels, transform=partial(_triplets, margin=self.margin), reduction="sum").reduced
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""
@@ -129,6 +125,16 @@ class NPT(_ProxyHead):
     def extra_repr(self) -> str:
         """Shown by print(head)."""
         return f"{super().extra_repr()}, margin_cos={self.margin_cos}, k={self.k}, radius={self.radius:g}"
+
+
+def _negatives(cos: Tensor, _: Tensor, *, margin: float) -> Tensor:
+    """[margin - |z - w_j|^2]+: (b, c) cosines -> (b, c)."""
+    return (margin - 2.0 + 2.0 * cos).clamp_min(0.0)
+
+
+def _triplets(cos: Tensor, own: Tensor, *, margin: float) -> Tensor:
+    """[margin + |z - w_y|^2 - |z - w_j|^2]+: (b, c) cosines, (b, 1) those of the own class -> (b, c)."""
+    return (margin - 2.0 * own + 2.0 * cos).clamp_min(0.0)
 
 
 def _nearest_hinges(head: Head, z: Tensor, labels: Tensor, k: int, margin_cos: float) -> Tensor:

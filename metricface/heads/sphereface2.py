@@ -1,6 +1,7 @@
 """SphereFace2: one binary classification for each class instead of one choice among all."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,24 +51,18 @@ class SphereFace2(CosineHead):
 
     def target_cos(self, target: Target) -> Tensor:
         """g(cos(theta)) - margin_cos: (B,)."""
-        return self._g(target.cos) - self.margin_cos
-
-    def _g(self, cos: Tensor) -> Tensor:
-        # A cosine that rounding carries below -1 has no fractional power.
-        value = 2.0 * (0.5 * (cos + 1.0)).clamp_min(0.0).pow(self.t) - 1.0
-        return with_slope(value, 1.0, cos) if self.detach_margin else value
+        return _g(target.cos, self.t, self.detach_margin) - self.margin_cos
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
         offset = full_precision(self.offset)
-        others = self._others(unit_rows(x), labels, transform=self._negative, extra=(offset,), reduction="sum")
+        negatives = partial(
+            _negatives, margin_cos=self.margin_cos, scale=self.scale, t=self.t, detach_margin=self.detach_margin
+        )
+        others = self._others(unit_rows(x), labels, transform=negatives, extra=(offset,), reduction="sum")
         positive = self.scale * self.target_cos(self._target(others.own, x, labels)) + offset
         positive = F.softplus(-positive, threshold=STRAIGHT)
         both = self.positive_weight * positive + (1.0 - self.positive_weight) * others.reduced
         return both * (self.loss_weight / self.scale)
-
-    def _negative(self, cos: Tensor, _: Tensor, offset: Tensor) -> Tensor:
-        """(b, c) cosines with other classes, () -> (b, c) losses."""
-        return F.softplus(self.scale * (self._g(cos) + self.margin_cos) + offset, threshold=STRAIGHT)
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""
@@ -75,6 +70,19 @@ class SphereFace2(CosineHead):
             f"{super().extra_repr()}, margin_cos={self.margin_cos}, positive_weight={self.positive_weight}, "
             f"t={self.t:g}, loss_weight={self.loss_weight:g}"
         )
+
+
+def _g(cos: Tensor, t: float, detach: bool) -> Tensor:
+    # A cosine that rounding carries below -1 has no fractional power.
+    value = 2.0 * (0.5 * (cos + 1.0)).clamp_min(0.0).pow(t) - 1.0
+    return with_slope(value, 1.0, cos) if detach else value
+
+
+def _negatives(
+    cos: Tensor, _: Tensor, offset: Tensor, *, margin_cos: float, scale: float | Tensor, t: float, detach_margin: bool
+) -> Tensor:
+    """(b, c) cosines with other classes, () -> (b, c) losses."""
+    return F.softplus(scale * (_g(cos, t, detach_margin) + margin_cos) + offset, threshold=STRAIGHT)
 
 
 def balanced_offset(num_classes: int, weight: float, margin_cos: float, scale: float, t: float) -> float:

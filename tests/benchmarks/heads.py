@@ -7,8 +7,9 @@
 
 A call is the forward and the backward pass from raw embeddings to the gradients of embeddings and weights, D = 512.
 Memory is the most that is held during a first call beyond what was held before it, the weights' gradient included,
-each in a process of its own (resident memory on a CPU, allocated memory on a GPU). Then one process takes plain, ours
-and PML's in turns: times are medians, ratios medians of the ratios within a turn. PML holds about 16 x B x C x 4 bytes
+each in a process of its own (resident memory on a CPU, allocated memory on a GPU). Then one process takes plain and
+ours in turns, and another PML's: times are medians, ratios medians of the ratios within a turn. PML holds about
+16 x B x C x 4 bytes
 and is left out, saying so, where that exceeds 12 GiB.
 """
 
@@ -74,7 +75,12 @@ def calls(kinds: list[str], name: str, classes: int, batch: int, device: torch.d
 
     for kind in kinds:
         step(made(kind, name, 100, device), labels % 100)
-    return {kind: partial(step, made(kind, name, classes, device)) for kind in kinds}
+    found = {kind: made(kind, name, classes, device) for kind in kinds}
+    first = next(iter(found.values()))
+    for head in found.values():  # one matrix for all: a million classes are 2 GiB, and their gradient 2 more
+        if kinds != ["pml"] and head.get_parameter("weight").shape == first.get_parameter("weight").shape:
+            head.register_parameter("weight", first.get_parameter("weight"))
+    return {kind: partial(step, head) for kind, head in found.items()}
 
 
 def memory(kind: str, name: str, classes: int, batch: int, device_name: str, threads: int) -> int:
@@ -102,18 +108,18 @@ def times(kinds: list[str], name: str, classes: int, batch: int, device_name: st
 
 def rows(name: str, classes: int, batch: int, forms: list[str], device: str, threads: int) -> Iterator[str]:
     """Rows of a Markdown table, one for each form of the head."""
-    kinds = ["plain", *forms]
     predicted = 16.0 * 4.0 * batch * classes
-    if name in PML and predicted <= LIMIT:
-        kinds.append("pml")
+    with_pml = ["pml"] if name in PML and predicted <= LIMIT else []
     start = multiprocessing.get_context("spawn")
 
     def alone(call: Callable[..., Any], *arguments: Any) -> Any:
         with ProcessPoolExecutor(1, mp_context=start) as pool:  # raises where the process is killed
             return pool.submit(call, *arguments, name, classes, batch, device, threads).result()
 
-    held = {kind: alone(memory, kind) for kind in kinds}
-    found = json.loads(alone(times, kinds))
+    held = {kind: alone(memory, kind) for kind in ["plain", *forms, *with_pml]}
+    found = json.loads(alone(times, ["plain", *forms]))
+    if with_pml:
+        found |= json.loads(alone(times, with_pml))
     mib, gradient = 1 << 20, 4.0 * classes * DIM
     for form in forms:
         ratio = statistics.median(a / b for a, b in zip(found[form], found["plain"], strict=True))
@@ -121,7 +127,7 @@ def rows(name: str, classes: int, batch: int, forms: list[str], device: str, thr
         cells += [f"{1e3 * statistics.median(found[kind]):,.0f}" for kind in ("plain", form)] + [f"{ratio:.2f}"]
         cells += [f"{held[kind] / mib:,.0f}" for kind in ("plain", form)] + [f"{held[form] / held['plain']:.2f}"]
         cells += [f"{max(0.0, held[form] - gradient) / mib:,.0f}"]
-        if "pml" in kinds:
+        if with_pml:
             cells += [f"{1e3 * statistics.median(found['pml']):,.0f}", f"{held['pml'] / mib:,.0f}"]
         else:
             cells += [f"skipped: about {predicted / GIB:,.0f} GiB" if name in PML else "-", ""]

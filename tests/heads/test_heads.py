@@ -159,6 +159,43 @@ def test_a_loss_can_be_differentiated_twice_over_the_same_graph(kind: Kind) -> N
     assert torch.equal(first, second)
 
 
+@EVERY_KIND
+def test_a_backward_pass_does_not_see_what_later_batches_and_schedules_changed(kind: Kind) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = 9.0 * torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    labels = torch.tensor([0, 3, 3, 5, 1])
+
+    def gradient(change: bool) -> Tensor:
+        head, a = filled(kind.make(6, 3)), x.clone().requires_grad_()
+        loss = head(a, labels)
+        if change:
+            head(-x, labels)  # moves averages
+            for name in ("margin", "margin_cos", "margin_rad", "t", "m2", "lambda_min"):
+                if isinstance(getattr(head, name, None), float):
+                    setattr(head, name, 0.9 * getattr(head, name))
+        (found,) = torch.autograd.grad(loss, a)
+        return found
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_products_are_held_only_where_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    real = products._plan
+
+    def watched(*arguments: Any) -> Any:
+        made.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(products, "_plan", watched)
+    head, labels = Softmax(5, 4), torch.arange(3)
+    head(torch.ones(3, 4), labels)
+    with torch.no_grad():
+        head(torch.ones(3, 4), labels)
+    head.requires_grad_(False)(torch.ones(3, 4), labels)
+    assert made == [True, False, False]
+
+
 def test_a_second_derivative_is_refused_and_not_silently_zero() -> None:
     head, x = Softmax(4, 3), torch.randn(2, 3).requires_grad_()
     with pytest.raises(RuntimeError, match="differentiated only once"):
