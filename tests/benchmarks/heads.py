@@ -1,6 +1,6 @@
 """Time and peak memory of classification heads: ours, pytorch-metric-learning's, a plain linear layer, side by side.
 
-    python -m tests.benchmarks.heads                                  # the whole table: about half an hour on 2 cores
+    python -m tests.benchmarks.heads                                  # the whole table: 40 minutes on 2 cores
     python -m tests.benchmarks.heads --classes 100000 --only ArcFace
     python -m tests.benchmarks.heads --all-heads --classes 100000 --batches 128
     python -m tests.benchmarks.heads --device cuda
