@@ -7,7 +7,7 @@ import torch
 
 from metricface.atomic import replacing
 
-VERSION = 1
+VERSION = 2
 
 
 def save(state: dict[str, Any], path: Path) -> None:
