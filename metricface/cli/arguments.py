@@ -131,7 +131,10 @@ def _override(stages: list[Any], overrides: dict[str, list[tuple[list[str], Any]
             known = ", ".join(stage["name"] for stage in changed)
             raise ValueError(f"--stages.{name}: the recipe has no stage of that name; its stages are {known}.")
         for path, value in sorted(settings, key=_rank):
-            _set_in_stage(by_name[name], path, value)
+            try:
+                _set_in_stage(by_name[name], path, value)
+            except ValueError as error:
+                raise ValueError(f"--stages.{name}.{'.'.join(path)}: {error}") from error
     return changed
 
 
@@ -146,26 +149,44 @@ def _set_in_stage(stage: dict[str, Any], path: list[str], value: Any) -> None:
     match path:
         case ["plus", name, *rest] if rest:
             _set(_term(stage, name, new=rest[0] in ("head", "loss")), rest, value)
+        case ["plus", name] if value is None:
+            stage["plus"] = [term for term in _inner(stage, "plus", list) if term is not _term(stage, name, new=False)]
         case ["plus", name]:
-            raise ValueError(f"--stages...plus.{name}: say which setting of the term, such as plus.{name}.weight.")
+            raise ValueError(f"say which setting of the term, such as plus.{name}.weight, or null to take it out.")
         case ["schedules", part, number, *rest] if rest:
-            _set(stage.setdefault("schedules", {}).setdefault(f"{part}.{number}", {}), rest, value)
-        case ["schedules", part, number]:
-            stage.setdefault("schedules", {})[f"{part}.{number}"] = value
+            _set(_inner(_inner(stage, "schedules", dict), f"{part}.{number}", dict), rest, value)
+        case ["schedules", part, number] if value is None:
+            _inner(stage, "schedules", dict).pop(f"{part}.{number}", None)
+        case ["schedules", part, number] if isinstance(value, dict):
+            _inner(stage, "schedules", dict)[f"{part}.{number}"] = value
+        case ["schedules", *_] if len(path) > 1:
+            raise ValueError(
+                "a schedule has a shape and points: give {shape: ramp, points: [[0, 0], [1, 0.5]]} to "
+                "schedules.PART.NUMBER, or null to take it out."
+            )
         case _:
             _set(stage, path, value)
 
 
+def _inner(node: dict[str, Any], key: str, kind: type[Any]) -> Any:
+    """The list or dict there; an empty one is put where there is none, or null."""
+    if node.get(key) is None:
+        node[key] = kind()
+    if not isinstance(node[key], kind):
+        raise ValueError(f"{key} is {node[key]!r}; it must be a {kind.__name__} to have settings of its own.")
+    return node[key]
+
+
 def _term(stage: dict[str, Any], name: str, *, new: bool) -> dict[str, Any]:
     """The term of that name; giving a head or loss to a name that is not there yet adds a term."""
-    terms: list[dict[str, Any]] = stage.setdefault("plus", [])
+    terms: list[dict[str, Any]] = _inner(stage, "plus", list)
     for term in terms:
         if term.get("name") == name:
             return term
     if not new:
         known = ", ".join(str(term.get("name")) for term in terms) or "none"
         raise ValueError(
-            f"--stages...plus.{name}: the stage has no further term of that name (it has: {known}). To add it, "
+            f"the stage has no further term of that name (it has: {known}). To add it, "
             f"give it a head or a loss: plus.{name}.loss NAME."
         )
     terms.append({"name": name})
@@ -178,7 +199,7 @@ def _set(node: dict[str, Any], path: list[str], value: Any) -> None:
         *way, key = way
     for step in way:
         if not isinstance(node.setdefault(step, {}), dict | None):
-            raise ValueError(f"--stages...{'.'.join(path)}: {step} holds one value and has no settings of its own.")
+            raise ValueError(f"{step} holds one value and has no settings of its own.")
         if node[step] is None:
             node[step] = {}
         node = node[step]

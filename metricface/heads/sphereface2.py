@@ -20,7 +20,8 @@ class SphereFace2(CosineHead):
     softplus(r (g(cos_j) + m) + b), with g(c) = 2 ((c + 1) / 2)^t - 1; the sum over classes, the mean over the batch,
     times loss_weight. Embeddings and class weights are scaled to length 1. scale: r, 40 (64 for MS1M); margin_cos: m,
     0.4 (0.5); positive_weight: w, 0.7 (0.8); t: 3; loss_weight: 50 in the authors' code, here 1. Plain attributes that
-    a schedule may change. The bias b is one learned number, started where positives and negatives balance at cosine 0.
+    a schedule may change. The bias b is one learned number, started where positives and negatives balance at cosine
+    0, for the numbers it is built with: a schedule does not start it anew.
     detach_margin: the gradient takes g for the cosine itself, as in the authors' code; otherwise g's own slope.
     logits are r cos, without b. streaming, generator, `last`: as in Head. pytorch-metric-learning has none.
     Source: Wen et al. 2022, SphereFace2, eq. 6 and 8, and the released opensphere head.

@@ -89,14 +89,7 @@ class CenterLoss(nn.Module):
         copies are made. Returns how many classes have no image here: their centres stay as they are. Raises ValueError
         as a call of the loss does.
         """
-        batch = check_batch(embeddings, labels)
-        classes = check_classes(batch, self.centers)
-        identities = find_identities(batch)
-        means = class_sums(batch.embeddings, identities) / identities.size[:, None]
-        self.centers.index_copy_(0, classes, means.to(self.centers.dtype))
-        absent = torch.ones(len(self.centers), dtype=torch.bool, device=classes.device)
-        absent[classes] = False
-        return int(absent.sum())
+        return set_class_means(self.centers, embeddings, labels)
 
     @torch.no_grad()
     def _move(self, batch: Batch, classes: Tensor, own: Tensor) -> None:
@@ -109,6 +102,18 @@ class CenterLoss(nn.Module):
         """Shown by print(loss)."""
         classes, dim = self.centers.shape
         return f"num_classes={classes}, embedding_dim={dim}, alpha={self.alpha}, reduction={self.reduction!r}"
+
+
+def set_class_means(centers: Tensor, embeddings: Tensor, labels: Tensor) -> int:
+    """Set rows of the centres (C, D), in place, to the means of their classes; returns how many have no image."""
+    batch = check_batch(embeddings, labels)
+    classes = check_classes(batch, centers)
+    identities = find_identities(batch)
+    means = class_sums(batch.embeddings, identities) / identities.size[:, None]
+    centers.index_copy_(0, classes, means.to(centers.dtype))
+    absent = torch.ones(len(centers), dtype=torch.bool, device=classes.device)
+    absent[classes] = False
+    return int(absent.sum())
 
 
 def class_sums(rows: Tensor, identities: Identities) -> Tensor:
@@ -138,7 +143,7 @@ def check_alone(
     if indices_tuple is not None:
         raise ValueError(
             f"{type(loss).__name__} looks at every embedding and takes no miner's tuple; found one of "
-            f"{len(indices_tuple)} tensors. Pass indices_tuple=None, and the tuple to the losses beside it."
+            f"{len(indices_tuple)} tensors. Leave the miner out (indices_tuple=None), or give it to a loss beside this."
         )
     if ref_emb is not None or ref_labels is not None:
         name = "ref_emb" if ref_emb is not None else "ref_labels"

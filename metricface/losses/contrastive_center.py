@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metricface.choices import check_choice, is_number
 from metricface.identities import Identities, find_identities
-from metricface.losses.center import check_alone, check_classes, check_sizes, class_sums
+from metricface.losses.center import check_alone, check_classes, check_sizes, class_sums, set_class_means
 
 ContrastiveCenterReduction = Literal["sum", "mean"]
 
@@ -33,7 +33,8 @@ class ContrastiveCenterLoss(nn.Module):
 
     `centers` (C, D) is a parameter, learned by gradient, from N(0, 0.01^2) at first, out of `generator` or else torch's
     global one (the sources say nothing of either). The denominator grows with C, so a centre's gradient is of the order
-    of 1/C: give `centers` a learning rate of its own. delta > 0 bounds the loss where all other centres are met.
+    of 1/C: give `centers` a learning rate of its own, without weight decay, in a loop of your own (a recipe has one
+    rate for all parts of a sum). delta > 0 bounds the loss where all other centres are met.
 
     The sum over all other centres costs O((B + C) D) and no (B, C) tensor: with m the mean of the centres,
     sum_j |x - c_j|^2 = C |x - m|^2 + sum_j |c_j - m|^2. It is taken in float64, so that what is left after subtracting
@@ -82,6 +83,15 @@ class ContrastiveCenterLoss(nn.Module):
         losses = contrastive_center(sq_own, sq_others, delta=self.delta)
         total = losses.sum() if self.reduction == "sum" else losses.sum() / max(1, len(losses))
         return total.to(batch.embeddings.dtype)
+
+    @torch.no_grad()
+    def centers_from(self, embeddings: Tensor, labels: Tensor) -> int:
+        """Set centres to the means of these embeddings' classes, for a warm start, as CenterLoss does.
+
+        embeddings: (N, D), labels: (N,) integers in [0, C). Returns how many classes have no image here: their centres
+        stay as they are. Raises ValueError as a call of the loss does.
+        """
+        return set_class_means(self.centers, embeddings, labels)
 
     def extra_repr(self) -> str:
         """Shown by print(loss)."""

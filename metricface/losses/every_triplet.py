@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from metricface.diagnostics import TripletSums, triplet_sums
 from metricface.distances import Distance, paired
 from metricface.identities import Identities
-from metricface.losses.gathering import distance_matrix
+from metricface.losses.gathering import distance_matrix, on_anchors_side
 from metricface.losses.positive_pairs import PairRun, sum_over_pairs
 from metricface.losses.streaming import Distances, Gradients, Totals, streamed
 from metricface.miners.tiles import Tile, tiles
@@ -37,18 +37,19 @@ def every_triplet(
 
 
 def every_swapped_triplet(
-    batch: Batch, identities: Identities, *, margin: Margin, squared: bool
+    batch: Batch, identities: Identities, *, margin: Margin, squared: bool, cosine: bool = False
 ) -> tuple[Tensor, TripletSums]:
     """As every_triplet, the negative's distance being that to the anchor or to the positive, whichever is smaller.
 
-    Cost: products of every positive pair's two rows with the references.
+    cosine: whether the batch was made by `of_cosine`. Cost: products of every positive pair's two rows with the
+    references.
     """
     distance: Distance = "squared_euclidean" if squared else "euclidean"
 
     def part(anchors: Tensor, positives: Tensor, references: Tensor, run: PairRun) -> tuple[Tensor, TripletSums]:
         d_ap = paired(anchors, positives, distance)[:, None]  # (c, 1)
         d_an = distance_matrix(anchors, references, distance)  # (c, R)
-        d_pn = distance_matrix(positives, references, distance)
+        d_pn = distance_matrix(on_anchors_side(positives) if cosine else positives, references, distance)
         d_an = torch.where(d_pn < d_an, d_pn, d_an)
         own = run.own.clamp_min(0)
         counted = torch.ones_like(d_an).scatter_reduce_(1, own, (run.own < 0).to(d_an.dtype), "amin") > 0

@@ -32,6 +32,14 @@ def of_cosine(batch: Batch) -> Batch:
     return batch._replace(embeddings=x * 0.5**0.5, ref_emb=y * 0.5**0.5)
 
 
+def on_anchors_side(rows: Tensor) -> Tensor:
+    """References of a batch made by `of_cosine` (R, D + 2) as if they were anchors: a zero row is told the other way.
+
+    Two zero rows have cosine 0; on the same side they would coincide.
+    """
+    return torch.cat([rows[:, :-2], rows[:, -2:].flip(1)], dim=1)
+
+
 def of_references(batch: Batch) -> Batch:
     """The references among themselves: each is an anchor, and its own reference row."""
     itself = torch.arange(len(batch.ref_labels), device=batch.ref_labels.device)

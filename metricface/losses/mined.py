@@ -193,20 +193,26 @@ class SemiHardTripletLoss(_ChoosingTripletLoss):
     ) -> None:
         super().__init__(margin, distance=distance, normalize=normalize, reduction=reduction, tile_rows=tile_rows)
         check_choice("fallback", fallback, get_args(SemiHardFallback))
-        if window is None:
-            window = torch.inf if margin == "soft" else margin
-        if not is_number(window, infinite=True) or window <= 0:
-            raise ValueError(
-                f"SemiHardTripletLoss needs a window > 0, maybe infinite; found {window!r} (by default the margin)."
-            )
         self.window, self.fallback = window, fallback
+        reach = self._reach
+        if not is_number(reach, infinite=True) or reach <= 0:
+            raise ValueError(
+                f"SemiHardTripletLoss needs a window > 0, maybe infinite; found {reach!r} (by default the margin)."
+            )
+
+    @property
+    def _reach(self) -> float:
+        """The window; without one of its own the margin as it is now, which a schedule may have changed."""
+        if self.window is not None:
+            return self.window
+        return torch.inf if self.margin == "soft" else self.margin
 
     def extra_repr(self) -> str:
         """Shown by print(loss)."""
         return f"{super().extra_repr()}, window={self.window}, fallback={self.fallback!r}"
 
     def _choose(self, tile: Tile) -> _Choice:
-        sq_upper = kernels.sq_reach(tile.sq_positive, self.window, self._euclidean)
+        sq_upper = kernels.sq_reach(tile.sq_positive, self._reach, self._euclidean)
         state = kernels.SemiHard(tile.sq_positive, sq_upper, tile.depths, rounding=tile.rounding)
         instead = kernels.instead(tile, self.fallback)
         for block in tile.blocks():

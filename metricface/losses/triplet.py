@@ -12,7 +12,7 @@ from metricface.diagnostics import TripletSums
 from metricface.distances import Distance, check_distance
 from metricface.identities import find_identities
 from metricface.losses.every_triplet import Margin, every_swapped_triplet, every_triplet
-from metricface.losses.gathering import distances_of, of_cosine, of_references
+from metricface.losses.gathering import distances_of, of_cosine, of_references, on_anchors_side
 from metricface.losses.reduction import mean_over
 from metricface.tuples import Batch, as_triplets, check_batch
 
@@ -110,8 +110,11 @@ class TripletLoss(nn.Module):
 
     def _without_tuple(self, batch: Batch) -> tuple[Tensor, TripletSums]:
         """The sum of losses, and what the triplets are like."""
-        every = every_swapped_triplet if self.swap else every_triplet
-        return every(batch, find_identities(batch), margin=self.margin, squared=self._squared)
+        identities = find_identities(batch)
+        if self.swap:
+            cosine = self.distance == "cosine"
+            return every_swapped_triplet(batch, identities, margin=self.margin, squared=self._squared, cosine=cosine)
+        return every_triplet(batch, identities, margin=self.margin, squared=self._squared)
 
     def _reduced(self, total: Tensor, active: Tensor, triplets: Tensor) -> Tensor:
         if self.reduction == "sum":
@@ -124,7 +127,10 @@ class TripletLoss(nn.Module):
         d_ap = distances_of(batch, anchor, positive, self._euclidean)  # (T,)
         d_an = distances_of(batch, anchor, negative, self._euclidean)  # (T,)
         if self.swap:
-            d_pn = distances_of(of_references(batch), positive, negative, self._euclidean)  # (T,)
+            among = of_references(batch)
+            if self.distance == "cosine":
+                among = among._replace(embeddings=on_anchors_side(among.embeddings))
+            d_pn = distances_of(among, positive, negative, self._euclidean)  # (T,)
             d_an = torch.where(d_pn < d_an, d_pn, d_an)
         return triplet(d_ap, d_an, margin=self.margin)
 

@@ -158,4 +158,4 @@ class SumObjective(nn.Module):
             prefix = f"{name}/" if place else ""
             found |= {f"{prefix}{key}": value for key, value in part.statistics(embeddings, labels).items()}
         several = self.values if len(self.parts) > 1 else {}
-        return found | {f"loss/{name}": value for name, value in several.items()}
+        return found | {f"term/{name}": value for name, value in several.items()}

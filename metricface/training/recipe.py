@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from metricface.data.augment import Augmentation
 
+# Losses that keep a vector for each class, which can start from class means.
+WITH_CENTRES = ("CenterLoss", "ContrastiveCenterLoss", "DeepID2Loss")
+
 
 @dataclass
 class Component:
@@ -162,6 +165,11 @@ class Stage:
     batch_norm: Literal["train", "frozen"] = "train"
     clip_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        """An empty `plus:` or `schedules:` in YAML is null, and means none."""
+        self.plus = self.plus or []
+        self.schedules = self.schedules or {}
+
     def terms(self) -> list[Term]:
         """The whole sum: the stage's own head or loss, under the name `head` or `loss`, and the further terms."""
         main = Term("loss" if self.head is None else "head", self.head, self.loss, self.miner)
@@ -299,7 +307,7 @@ def _check_terms(where: str, stage: Stage) -> None:
             raise ValueError(f"{where}: plus.{term.name}.weight={term.weight} must be finite and 0 or more.")
     if stage.class_means and all(term.head is None and not _has_centres(term) for term in stage.terms()):
         raise ValueError(
-            f"{where} has class_means=True, but no head and no CenterLoss that could start from them. Leave it out."
+            f"{where} has class_means=True, but no head and no centres that could start from them. Leave it out."
         )
 
 
@@ -348,4 +356,4 @@ def _called(a: Any, b: Any) -> str:
 
 
 def _has_centres(term: Term) -> bool:
-    return term.loss is not None and term.loss.name == "CenterLoss"
+    return term.loss is not None and term.loss.name in WITH_CENTRES

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from metricface.data.augment import augment
 from metricface.data.images import ImageBatch
 from metricface.diagnostics import embedding_statistics
-from metricface.losses import CenterLoss
+from metricface.heads.base import Head
+from metricface.losses import CenterLoss, ContrastiveCenterLoss
 from metricface.training import assemble
 from metricface.training.held_out import embed
-from metricface.training.objective import HeadObjective, SumObjective
+from metricface.training.objective import SumObjective
 from metricface.training.people import People
 from metricface.training.recipe import Recipe, Stage, budget_seconds
 from metricface.training.schedules import Clock, learning_rate
@@ -83,11 +84,11 @@ def start_from_class_means(run: StageRun, people: People, model: nn.Module, devi
     """
     embeddings = torch.from_numpy(embed(model, people.training, device, unit=False))  # (N, D), raw, on the CPU
     labels = torch.from_numpy(people.training.labels)  # (N,)
-    for part in run.objective.parts.values():
-        if isinstance(part, HeadObjective):
-            part.head.class_weights_from(embeddings, labels)
-        elif isinstance(part.loss, CenterLoss):
-            part.loss.centers_from(embeddings.to(device), labels)
+    for part in run.objective.modules():
+        if isinstance(part, Head):
+            part.class_weights_from(embeddings, labels)
+        elif isinstance(part, CenterLoss | ContrastiveCenterLoss):
+            part.centers_from(embeddings.to(device), labels)
 
 
 def train(

@@ -247,3 +247,42 @@ def test_a_printed_config_can_be_read_back(capsys: pytest.CaptureFixture[str]) -
     expected.stages[0].plus = [Term("centre", loss=Component("TripletLoss", {"margin": 0.4}))]
     expected.stages[0].schedules = {"centre.weight": Schedule("ramp", [[0.0, 0.0], [1.0, 0.1]])}
     assert parse(["r.yaml"]).recipe == expected
+
+
+def test_null_takes_out_one_term_or_schedule_or_all_of_them() -> None:
+    assert parsed_sum("--stages.a.plus.triplet", "null").plus == []
+    assert parsed_sum("--stages.a.schedules.head.margin_cos", "null").schedules == {}
+    gone = parsed_sum("--stages.a.plus", "null", "--stages.a.schedules", "null")
+    assert (gone.plus, gone.schedules) == ([], {})
+    anew = parsed_sum("--stages.a.plus", "null", "--stages.a.plus.c.loss", "CenterLoss").plus
+    assert anew == [Term("c", loss=Component("CenterLoss"))]
+
+
+def test_an_empty_line_for_terms_or_schedules_in_a_recipe_means_none(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "stages: [{name: a, sampler: {name: ImageBatchSampler}, head: {name: CosFace}, plus: , schedules: }]\n"
+    )
+    (stage,) = parse([str(file)]).recipe.stages
+    assert (stage.plus, stage.schedules) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--stages.a.schedules.head.margin_cos", "0.3"],
+            "--stages.a.schedules.head.margin_cos: a schedule has a shape",
+        ),
+        (["--stages.a.plus.triplet", "3"], "--stages.a.plus.triplet: say which setting"),
+        (["--stages.a.plus", "3", "--stages.a.plus.c.loss", "CenterLoss"], "plus is 3; it must be a list"),
+        (["--stages.a.schedules", "[1]", "--stages.a.schedules.head.scale.shape", "ramp"], "it must be a dict"),
+        (["--stages.a.plus.nobody", "null"], "has no further term of that name"),
+    ],
+)
+def test_settings_of_terms_and_schedules_that_cannot_be_say_where_and_what_can(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed_sum(*argv)
+    assert message in " ".join(capsys.readouterr().err.split())

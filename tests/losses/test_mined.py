@@ -478,3 +478,13 @@ def test_settings_are_shown() -> None:
     assert repr(SemiHardTripletLoss("soft", window=0.3)) == (
         f"SemiHardTripletLoss(margin='soft', {common}, window=0.3, fallback='skip')"
     )
+
+
+def test_the_semi_hard_window_follows_a_margin_that_is_changed_later() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 8
+    x = torch.randn(8, 6, generator=generator)[labels] + torch.randn(40, 6, generator=generator)
+    for margin in (0.05, 0.6):
+        changed = SemiHardTripletLoss(0.2)
+        changed.margin = margin
+        assert changed(x, labels).item() == SemiHardTripletLoss(margin)(x, labels).item()

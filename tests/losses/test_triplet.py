@@ -272,3 +272,18 @@ def test_settings_are_shown() -> None:
     assert repr(TripletLoss("soft", distance="cosine", swap=True)) == (
         "TripletLoss(margin='soft', distance='cosine', normalize=True, reduction='mean', swap=True)"
     )
+
+
+def test_two_zero_references_have_cosine_zero_with_each_other_also_under_swap() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1])
+    one = Triplets(*(torch.tensor([row]) for row in (0, 1, 2)))  # d_ap = d_an = d_pn = 1
+    assert TripletLoss(0.2, distance="cosine", swap=True, reduction="sum")(x, labels, one).item() == pytest.approx(0.2)
+    distance = {(a, b): 1.0 - float(x[a] @ x[b]) for a in range(4) for b in range(4)}
+    terms = [
+        max(0.0, distance[a, p] - min(distance[a, n], distance[p, n]) + 0.2)
+        for a, p, n in oracles.all_triplets(labels.tolist())
+        if a != p
+    ]
+    loss = TripletLoss(0.2, distance="cosine", swap=True, reduction="sum")
+    assert loss(x, labels).item() == pytest.approx(sum(terms))

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from metricface.heads import CosFace, Softmax
-from metricface.losses import ContrastiveLoss, MarginBasedLoss, TripletLoss
+from metricface.losses import ContrastiveLoss, MarginBasedLoss, RangeLoss, TripletLoss
 from metricface.losses.mined import BatchHardTripletLoss
 from metricface.miners import BatchHardMiner, PairMarginMiner
 from metricface.training.objective import HeadObjective, MinedObjective, Part, SumObjective
@@ -215,9 +215,9 @@ def test_a_sum_shows_the_curves_of_every_part_and_each_loss_without_its_weight()
     objective = summed(0.25)
     objective(embeddings.double(), labels)
     found = objective.statistics(embeddings.double(), labels)
-    assert {"head/accuracy", "triplet/mining/active_share", "loss/head", "loss/triplet"} < set(found)
+    assert {"head/accuracy", "triplet/mining/active_share", "term/head", "term/triplet"} < set(found)
     assert not any(name.startswith("mining/") for name in found)
-    assert found["loss/triplet"].item() == objective.values["triplet"].item() > 0
+    assert found["term/triplet"].item() == objective.values["triplet"].item() > 0
 
 
 def test_a_sum_of_one_part_is_that_part_to_the_bit_and_has_its_curves() -> None:
@@ -252,3 +252,15 @@ def test_an_error_of_one_part_of_a_sum_names_the_part() -> None:
     )
     with pytest.raises(ValueError, match=r"^second: labels must lie in \[0, 2\)"):
         objective(embeddings, labels)
+
+
+def test_a_term_named_like_a_figure_of_the_main_loss_hides_nothing() -> None:
+    parts: dict[str, Part] = {"loss": MinedObjective(RangeLoss(), None), "intra": MinedObjective(TripletLoss(), None)}
+    objective = SumObjective(parts, {"loss": 1.0, "intra": 1.0}, {})
+    objective(*batch())
+    found = objective.statistics(*batch())
+    assert isinstance(parts["loss"], MinedObjective)
+    assert isinstance(parts["loss"].loss, RangeLoss)
+    assert parts["loss"].loss.last is not None
+    assert torch.equal(found["loss/intra"], parts["loss"].loss.last["intra"])
+    assert torch.equal(found["term/intra"], objective.values["intra"])

@@ -86,7 +86,7 @@ def scheduling(key: str, *points: list[float]) -> Recipe:
         ),
         (
             Recipe(stages=[stage(head=None, loss=Component("TripletLoss"), class_means=True, plus=[term()])]),
-            "class_means=True, but no head and no CenterLoss",
+            "class_means=True, but no head and no centres",
         ),
     ],
 )

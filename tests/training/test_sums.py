@@ -59,7 +59,7 @@ def test_a_sum_trains_from_a_recipe_and_its_curves_add_up(composed: Recipe, tmp_
     weight = [0.0, 0.0, 0.0, 0.0, 0.2, 0.4]  # at step / STEPS before each step
     assert found["sum/schedule/triplet.weight"] == pytest.approx(weight, abs=1e-6)
     assert found["sum/schedule/head.margin_cos"] == pytest.approx([0.05 * step for step in range(STEPS)], abs=1e-6)
-    parts = zip(found["sum/loss/head"], found["sum/loss/triplet"], weight, strict=True)
+    parts = zip(found["sum/term/head"], found["sum/term/triplet"], weight, strict=True)
     assert found["sum/loss"] == pytest.approx([head + factor * triplet for head, triplet, factor in parts], rel=1e-5)
     assert found["sum/triplet/mining/triplets"] == [24.0] * STEPS
     assert len(found["sum/head/accuracy"]) == STEPS
@@ -196,3 +196,31 @@ def test_every_loss_trains_beside_a_head_from_a_recipe_by_its_name(composed: Rec
     run = train(composed, tmp_path / "run", say=quiet)
     assert not [note for note in run.notes if "diverged" in note]
     assert run.stage_reports[0]["steps"] == 2
+
+
+def test_class_means_reach_the_centres_and_heads_inside_losses_too(
+    composed: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = composed.stages[0]
+    stage.class_means, stage.schedules = True, {}
+    stage.plus = [
+        Term("center", loss=Component("CenterLoss")),
+        Term("ratio", loss=Component("ContrastiveCenterLoss")),
+        Term("pairs", loss=Component("DeepID2Loss")),
+    ]
+    real, seen = stages.start_from_class_means, []
+
+    def watched(run: StageRun, people: People, model: torch.nn.Module, device: torch.device) -> None:
+        real(run, people, model, device)
+        rows = torch.from_numpy(embed(model, people.training, device, unit=False))
+        labels = torch.from_numpy(people.training.labels)
+        means = torch.stack([rows[labels == c].mean(dim=0) for c in range(int(labels.max()) + 1)])
+        state = run.objective.state_dict()
+        found = [value for name, value in state.items() if name.endswith(("centers", "identification.weight"))]
+        assert len(found) == 3
+        assert all(torch.allclose(value, means, atol=1e-5) for value in found)
+        seen.append(run)
+
+    monkeypatch.setattr(stages, "start_from_class_means", watched)
+    train(composed, tmp_path / "run", stopped=after(1), say=quiet)
+    assert seen
