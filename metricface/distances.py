@@ -40,8 +40,13 @@ def unit_rows(x: Tensor) -> Tensor:
     x: (N, D) of any floating type. Returns (N, D); a zero row stays zero, with gradient 0.
     """
     x = full_precision(x)
-    sq_norm = x.square().sum(dim=1, keepdim=True)  # (N, 1)
-    nonzero = sq_norm > torch.finfo(x.dtype).tiny
+    with torch.no_grad():
+        nonzero = x.square().sum(dim=1, keepdim=True) > torch.finfo(x.dtype).tiny  # (N, 1)
+        # Powers of two, which round nothing: the gradient passes |x|^-3, which overflows below lengths of 1e-13.
+        exponent = torch.frexp(x.abs().amax(dim=1, keepdim=True)).exponent if x.shape[1] else nonzero.long()
+        scale = torch.ldexp(torch.ones_like(x[:, :1]), torch.where(nonzero, -exponent, 0))
+    x = x * scale
+    sq_norm = x.square().sum(dim=1, keepdim=True)
     # Not x / max(norm, eps): the gradient of a norm at 0 is NaN, and that of x / eps is huge.
     return x * torch.where(nonzero, torch.where(nonzero, sq_norm, 1.0).rsqrt(), 0.0)
 

@@ -115,7 +115,7 @@ def nearest_others(
                 columns = torch.cat([column[part.rows], top.indices + block.start], dim=1)
                 best[part.rows], place = values.topk(best.shape[1], dim=1)
                 column[part.rows] = columns.gather(1, place)
-    return torch.where(best > -torch.inf, column, -1)
+    return torch.where(best != -torch.inf, column, -1)
 
 
 def _plan(
@@ -219,8 +219,6 @@ class _ReduceOthers(torch.autograd.Function):
             if inverse is not None:
                 inverse[block] = inverse_lengths(references[block])
             for part in everything.parts(block):
-                if plan.hold:
-                    held.append(part.products)
                 if plan.transform is None:
                     values = part.products
                     _write(values, part.place, -torch.inf)
@@ -231,10 +229,15 @@ class _ReduceOthers(torch.autograd.Function):
                     _write(values, part.place, -torch.inf if plan.reduction == "logsumexp" else 0.0)
                     running.see(part.rows, values, values.amax(dim=1), torch.empty_like(values))
                     top = _best_of(part, plan)
+                if plan.hold:
+                    if plan.transform is None:
+                        _write(part.products, part.place, 0.0)  # -inf would meet a 0 in the backward pass
+                    held.append(part.products)
                 best[part.rows] = torch.maximum(best[part.rows], top)
         reduced = running.result()
-        ctx.plan, ctx.held = plan, held
-        ctx.save_for_backward(queries, references, bias, inverse, reduced, own, *extra)
+        ctx.plan, ctx.extra = plan, len(extra)
+        # Saved, not kept as attributes: so that they are freed as soon as the backward pass is over.
+        ctx.save_for_backward(queries, references, bias, inverse, reduced, own, *extra, *held)
         ctx.mark_non_differentiable(best)
         return reduced, own, own_length, best
 
@@ -245,7 +248,8 @@ class _ReduceOthers(torch.autograd.Function):
                 "Sums over other classes or references can be differentiated only once; found create_graph=True."
             )
         plan: _Plan = ctx.plan
-        queries, references, bias, inverse, reduced, own, *extra = ctx.saved_tensors
+        queries, references, bias, inverse, reduced, own, *rest = ctx.saved_tensors
+        extra, held = rest[: ctx.extra], rest[ctx.extra :] if plan.hold else None
         _, wants_queries, wants_references, wants_bias, *wants_extra = ctx.needs_input_grad
         by_queries = torch.zeros_like(queries) if wants_queries else None
         by_references = None
@@ -254,7 +258,6 @@ class _ReduceOthers(torch.autograd.Function):
         by_bias = torch.zeros_like(bias) if wants_bias else None
         by_own = by_own.clone()
         by_extra = [torch.zeros_like(tensor) for tensor in extra]
-        held = list(ctx.held) if plan.hold else None
         with without_autocast(queries):
             everything = _Products(plan, queries, references, bias, inverse)
             for block in everything.blocks():
@@ -280,7 +283,7 @@ class _ReduceOthers(torch.autograd.Function):
                         if shrink is not None:
                             into.addcmul_(y, shrink[:, None], value=-1.0)
             if plan.rows is not None:
-                _add_own(plan, ctx.saved_tensors, by_own, by_length, by_queries, by_references, by_bias)
+                _add_own(plan, (queries, references, own), by_own, by_length, by_queries, by_references, by_bias)
         found = [grad if want else None for grad, want in zip(by_extra, wants_extra, strict=True)]
         return None, by_queries, by_references, by_bias, *found
 
@@ -303,14 +306,15 @@ class _LogSumExp:
         """values: (b, c), top: (b,) their maxima. Overwrites work."""
         before = self.top[rows]
         after = torch.maximum(before, top)
-        origin = torch.where(after > -torch.inf, after, 0.0)
+        origin = torch.where(after != -torch.inf, after, 0.0)
         some = torch.sub(values, origin[:, None], out=work).clamp_(min=LEAST_EXPONENT).exp_().sum(dim=1)
         self.total[rows] = self.total[rows] * (before - origin).exp() + some
         self.top[rows] = after
 
     def result(self) -> Tensor:
         """What has been seen, (B,)."""
-        return torch.where(self.top > -torch.inf, self.top + self.total.log(), -torch.inf)
+        # Not ">": a NaN among the products is no empty set.
+        return torch.where(self.top != -torch.inf, self.top + self.total.log(), -torch.inf)
 
 
 class _Sum:
@@ -371,7 +375,6 @@ def _by_products(
     by_extra: list[Tensor],
 ) -> Tensor:
     """(b, c x group) derivative with respect to a part's products; what goes to own products and extra is added."""
-    _write_finite(plan, part)
     by_row = by_reduced[part.rows, None]  # (b, 1)
     if plan.transform is None:
         values = part.products
@@ -385,7 +388,7 @@ def _by_products(
             by_values = by_row.expand_as(values).clone()
         else:
             row = reduced[part.rows, None]
-            origin = torch.where(row > -torch.inf, row, 0.0)
+            origin = torch.where(row != -torch.inf, row, 0.0)
             out = part.work if plan.transform is None else None
             by_values = torch.sub(values.detach(), origin, out=out).clamp_(min=LEAST_EXPONENT).exp_().mul_(by_row)
         _write(by_values, part.place, 0.0)
@@ -400,15 +403,9 @@ def _by_products(
     return by_products
 
 
-def _write_finite(plan: _Plan, part: _Part) -> None:
-    """Products that were held have -inf at what was left out; it takes part in products with 0 from here on."""
-    if plan.hold and plan.transform is None:
-        _write(part.products, part.place, 0.0)
-
-
 def _add_own(
     plan: _Plan,
-    saved: tuple[Tensor, ...],
+    saved: tuple[Tensor, Tensor, Tensor],
     by_own: Tensor,
     by_length: Tensor,
     by_queries: Tensor | None,
@@ -416,7 +413,7 @@ def _add_own(
     by_bias: Tensor | None,
 ) -> None:
     """The gradient of the products with the own references, and of these references' lengths."""
-    queries, references, _, _, _, own, *_ = saved
+    queries, references, own = saved
     assert plan.rows is not None
     y = references.index_select(0, plan.rows)
     inverse = inverse_lengths(y)[:, None]

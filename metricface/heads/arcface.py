@@ -5,7 +5,7 @@ from torch import Tensor
 
 from metricface.choices import is_count
 from metricface.distances import full_precision, unit_rows
-from metricface.heads.base import check_number, cross_entropy
+from metricface.heads.base import check_number, cross_entropy, fitting
 from metricface.heads.cosine import CosineHead
 from metricface.heads.target import (
     BeyondPi,
@@ -47,16 +47,8 @@ class ArcFace(CosineHead):
         detach_margin: bool = False,
         streaming: bool = False,
         generator: torch.Generator | None = None,
-        vectors_per_class: int = 1,
     ) -> None:
-        super().__init__(
-            num_classes,
-            embedding_dim,
-            scale=scale,
-            streaming=streaming,
-            generator=generator,
-            vectors_per_class=vectors_per_class,
-        )
+        super().__init__(num_classes, embedding_dim, scale=scale, streaming=streaming, generator=generator)
         check_number("margin_rad", margin_rad, 0.0, PI)
         check_beyond_pi(beyond_pi)
         self.margin_rad = margin_rad
@@ -121,7 +113,8 @@ class SubCenterArcFace(ArcFace):
     (C x K, D), the K vectors of a class one after the other. sub_centers: K, 3 in the paper. margin_rad, scale,
     beyond_pi, detach_margin, streaming, generator, `last`: as in ArcFace. Reduction: mean over the batch. After
     training the authors drop images further than 75 degrees from their class's dominant vector and train again with
-    K = 1. class_weights_from gives each vector of a class the mean of every K-th image of it.
+    K = 1. class_weights_from gives each vector of a class the mean of every K-th image of it, or of all of them
+    where there is none.
     pytorch-metric-learning's SubCenterArcFaceLoss is the same with K columns beside each other and degrees.
     Source: Deng et al. 2020, Sub-center ArcFace: Boosting Face Recognition by Large-scale Noisy Web Faces, eq. 3.
     """
@@ -141,6 +134,7 @@ class SubCenterArcFace(ArcFace):
     ) -> None:
         if not is_count(sub_centers):
             raise ValueError(f"sub_centers must be a whole number, at least 1; got {sub_centers!r}.")
+        self.vectors_per_class = int(sub_centers)  # before the matrix is made
         super().__init__(
             num_classes,
             embedding_dim,
@@ -150,11 +144,11 @@ class SubCenterArcFace(ArcFace):
             detach_margin=detach_margin,
             streaming=streaming,
             generator=generator,
-            vectors_per_class=sub_centers,
         )
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        rows = self.nearest_sub_center(x, labels)
+        with torch.no_grad():
+            rows = self._nearest(x, labels)
         queries = self._queries(x)
         others = self._others(
             queries, labels, rows=rows, transform=lambda products, own: self._grouped(products).amax(dim=2)
@@ -164,7 +158,14 @@ class SubCenterArcFace(ArcFace):
 
     @torch.no_grad()
     def nearest_sub_center(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """(B, D), (B,) -> (B,) int64 rows of `weight`: of the K vectors of its class the nearest to each embedding."""
+        """(B, D), (B,) -> (B,) int64 rows of `weight`: of the K vectors of its class the nearest to each embedding.
+
+        Raises ValueError as `forward` does.
+        """
+        self._check_embeddings(embeddings)
+        return self._nearest(embeddings, self._check_labels(labels, len(embeddings)).to(embeddings.device))
+
+    def _nearest(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         z = unit_rows(self._prepare(embeddings))
         first = labels * self.vectors_per_class
         products = [(z * unit_rows(self._vectors(first + k))).sum(dim=1) for k in range(self.vectors_per_class)]
@@ -179,11 +180,11 @@ class SubCenterArcFace(ArcFace):
         within = torch.arange(len(ordered), device=ordered.device) - torch.searchsorted(ordered, ordered)
         for k in range(self.vectors_per_class):
             mine = order[within % self.vectors_per_class == k]
-            some, has = self._class_means(embeddings[mine], labels[mine])
+            some, has = self._class_means(embeddings[mine.to(embeddings.device)], labels[mine])
             # A class with fewer images than vectors: all of it, for those that have no image of their own.
             rows = torch.where(has[:, None], some, means)[found]
             at = found.nonzero()[:, 0] * self.vectors_per_class + k
-            self.weight[at] = rows.to(self.weight.dtype)
+            self.weight[at] = fitting(rows, self.weight)
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""

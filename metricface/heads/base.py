@@ -1,6 +1,7 @@
 """What every head has: a class matrix, checked input, a sum over the other classes, a logit for the own class."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from metricface.choices import is_count, is_number
 from metricface.distances import full_precision, unit_rows, without_autocast
-from metricface.heads.target import Target
+from metricface.heads.target import Target, make_target
 from metricface.products import Others, Reduction, Transform, inverse_lengths, reduce_others
 from metricface.tuples import check_values
 
@@ -28,13 +29,15 @@ class Head(nn.Module, ABC):
     says, and the weight keeps its own type.
 
     streaming: never hold the B x C logits, but compute them a block at a time, twice: for the value and for the
-    gradient. Same value and gradient; the loss can be differentiated once, in either form.
+    gradient. Same value and gradient; the loss can be differentiated once, in either form, and not by torch.func.
 
     `last`, after each call, holds 0-dim tensors: "accuracy", the share of rows whose label has the largest logit,
-    margins aside; "zero_embeddings", rows of zeros (they have no direction: cosine 0 with every class, gradient 0).
+    margins aside (a tie is wrong); "zero_embeddings", rows of zeros, or where they are scaled to length 1 rows shorter
+    than 1e-19 (they have no direction: cosine 0 with every class, gradient 0). NaN of no rows.
     """
 
     unit_classes: bool = True  # whether the class vectors are divided by their lengths
+    vectors_per_class: int = 1
     last: dict[str, Tensor] | None = None
 
     def __init__(
@@ -44,7 +47,6 @@ class Head(nn.Module, ABC):
         *,
         streaming: bool = False,
         generator: torch.Generator | None = None,
-        vectors_per_class: int = 1,
     ) -> None:
         super().__init__()
         if not is_count(num_classes) or not is_count(embedding_dim):
@@ -55,8 +57,7 @@ class Head(nn.Module, ABC):
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.streaming = streaming
-        self.vectors_per_class = vectors_per_class
-        self.weight = nn.Parameter(torch.empty(num_classes * vectors_per_class, embedding_dim))
+        self.weight = nn.Parameter(torch.empty(num_classes * self.vectors_per_class, embedding_dim))
         nn.init.normal_(self.weight, std=0.01, generator=generator)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -110,6 +111,7 @@ class Head(nn.Module, ABC):
         if self.unit_classes:
             inverse = inverse_lengths(means)
             length = torch.linalg.vector_norm(weight, dim=1).mean()
+            length = torch.where(length > 0, length, 1.0)
             means, found = means.mul_(inverse[:, None] * length), found & (inverse > 0)
         return means, found
 
@@ -118,7 +120,7 @@ class Head(nn.Module, ABC):
 
     def _set_classes(self, means: Tensor, found: Tensor, embeddings: Tensor, labels: Tensor) -> None:
         """means: (C, D), found: (C,) which of them to use."""
-        self.weight[found] = means[found].to(self.weight.dtype)
+        self.weight[found] = fitting(means[found], self.weight)
 
     def target_cos(self, target: Target) -> Tensor:
         """What stands for the cosine of the own class, margin and all: (B,) -> (B,). Drawn by `target_curve`."""
@@ -157,13 +159,28 @@ class Head(nn.Module, ABC):
             hold=not self.streaming,
         )
         with torch.no_grad():
-            right = (others.own >= others.best).to(queries.dtype)
+            right = (others.own > others.best).to(queries.dtype)
             self.last = {"accuracy": right.mean(), "zero_embeddings": (queries == 0).all(dim=1).sum()}
         return others
 
     def _bias(self) -> Tensor | None:
         """(C,) in full precision, added to the products, or none."""
         return None
+
+    def _target(self, cos: Tensor, x: Tensor, rows: Tensor) -> Target:
+        """cos: (B,) with gradient; x: (B, D) raw; rows: (B,) own class vectors. Notes the mean angle in `last`."""
+        target = make_target(cos, x, full_precision(self.weight.detach().index_select(0, rows)))
+        with torch.no_grad():
+            assert self.last is not None
+            self.last["target_angle_deg"] = torch.atan2(target.sin, target.cos).rad2deg().mean()
+        return target
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Head":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():  # a moving average of half precision would stop moving
+            if buffer is not None:
+                self._buffers[name] = full_precision(buffer)
+        return self
 
     def _grouped(self, products: Tensor) -> Tensor:
         """(B, C x K) -> (B, C, K)."""
@@ -180,7 +197,7 @@ class Head(nn.Module, ABC):
                 f"{type(self).__name__} was built for floating (batch, {self.embedding_dim}) embeddings; "
                 f"found {embeddings.dtype} {tuple(embeddings.shape)}."
             )
-        check_values(embeddings, "embeddings")
+        check_values(self._prepare(embeddings), "embeddings")  # as they are used
 
     def _check_labels(self, labels: Tensor, rows: int) -> Tensor:
         if not isinstance(labels, Tensor):
@@ -189,17 +206,26 @@ class Head(nn.Module, ABC):
             raise ValueError(f"labels must be ({rows},), one per embedding; found {tuple(labels.shape)}.")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be integers, each a class of the head; found {labels.dtype}.")
+        labels = labels.long()  # unsigned types have no minimum
         if rows and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             raise ValueError(
                 f"labels must lie in [0, {self.num_classes}); found {int(labels.min())} to {int(labels.max())}. "
                 "Build the head with the training set's number of identities, and number those from 0."
             )
-        return labels.long()
+        return labels
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""
         streaming = ", streaming=True" if self.streaming else ""
         return f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}{streaming}"
+
+
+def fitting(values: Tensor, like: Tensor) -> Tensor:
+    """The values in the type of `like`; ValueError where it cannot hold them."""
+    made = values.to(like.dtype)
+    if not bool(torch.isfinite(made).all()):
+        raise ValueError(f"class means do not fit into {like.dtype}; scale the embeddings down or keep the head wider.")
+    return made
 
 
 def cross_entropy(others: Tensor, own: Tensor) -> Tensor:
@@ -218,5 +244,5 @@ def check_number(name: str, value: object, least: float, most: float, *, least_t
 
 def check_scale(scale: object, name: str = "scale") -> None:
     """Raise ValueError unless it is a finite number above 0."""
-    if not is_number(scale) or scale <= 0:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number above 0; got {scale!r}.")
+    if not is_number(scale) or not 1e-6 <= scale <= 1e6:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a finite number above 0, from 1e-6 to 1e6; got {scale!r}.")

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from metricface.distances import full_precision, unit_rows
 from metricface.heads.base import Head, check_scale, cross_entropy
-from metricface.heads.target import Target, make_target
 
 
 class CosineHead(Head):
@@ -25,15 +24,8 @@ class CosineHead(Head):
         scale: float,
         streaming: bool = False,
         generator: torch.Generator | None = None,
-        vectors_per_class: int = 1,
     ) -> None:
-        super().__init__(
-            num_classes,
-            embedding_dim,
-            streaming=streaming,
-            generator=generator,
-            vectors_per_class=vectors_per_class,
-        )
+        super().__init__(num_classes, embedding_dim, streaming=streaming, generator=generator)
         check_scale(scale)
         self.scale = scale
 
@@ -49,14 +41,6 @@ class CosineHead(Head):
         others = self._others(self._queries(x), labels)
         target = self._target(others.own / scale, x, labels)
         return cross_entropy(others.reduced, scale * self.target_cos(target))
-
-    def _target(self, cos: Tensor, x: Tensor, rows: Tensor) -> Target:
-        """cos: (B,) with gradient; x: (B, D) raw; rows: (B,) own class vectors."""
-        target = make_target(cos, x, full_precision(self.weight.detach().index_select(0, rows)))
-        with torch.no_grad():
-            assert self.last is not None
-            self.last["target_angle_deg"] = torch.atan2(target.sin, target.cos).rad2deg().mean()
-        return target
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""

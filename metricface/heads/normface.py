@@ -20,9 +20,9 @@ class NormFace(CosineHead):
 
     scale: where it starts; None: `scale_lower_bound(num_classes)`, with which probability 0.999 can be reached, and at
     least 1. learn_scale: whether it is then learned (the paper's preference; it counts as at least 0.01) or fixed (the
-    paper offers 20 to 30). Zero embeddings have cosine 0 and gradient 0. streaming, generator, `last`: as in Head;
-    "scale" is there, too. Reduction: mean over the batch. pytorch-metric-learning's NormalizedSoftmaxLoss is the
-    same with a fixed scale, which it calls 1 / temperature.
+    paper offers 20 to 30, and a schedule may change it). Zero embeddings have cosine 0 and gradient 0. streaming,
+    generator, `last`: as in Head; "scale" is there, too. Reduction: mean over the batch. pytorch-metric-learning's
+    NormalizedSoftmaxLoss is the same with a fixed scale, which it calls 1 / temperature.
     Source: Wang, Xiang, Cheng and Yuille 2017, NormFace, eq. 6.
     """
 
@@ -52,7 +52,7 @@ class NormFace(CosineHead):
         losses = super()._losses(x, labels)
         assert self.last is not None
         if isinstance(self.scale, Tensor):
-            self.last["scale"] = self.scale.detach().clone()
+            self.last["scale"] = self.scale.detach().clamp(min=LEAST_SCALE)
         return losses
 
 
@@ -75,6 +75,7 @@ class COCO(NormFace):
         streaming: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
+        check_scale(scale)
         super().__init__(
             num_classes, embedding_dim, scale=scale, learn_scale=False, streaming=streaming, generator=generator
         )

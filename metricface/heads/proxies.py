@@ -8,11 +8,16 @@ from torch import Tensor
 from metricface.choices import is_count
 from metricface.distances import full_precision, unit_rows
 from metricface.heads.base import Head, check_number
+from metricface.heads.target import Target
 from metricface.products import nearest_others
 
 
 class _ProxyHead(Head):
     """Distances between unit embeddings and unit class vectors: |z - w|^2 = 2 - 2 cos."""
+
+    def target_cos(self, target: Target) -> Tensor:
+        """Refused with a ValueError: these losses compare distances and have no target logit."""
+        raise ValueError(f"{type(self).__name__} compares distances to class vectors; it has no target logit to draw.")
 
     def _queries(self, x: Tensor) -> Tensor:
         return unit_rows(x)
@@ -94,7 +99,8 @@ class NPT(_ProxyHead):
     Sum over the k of [|z - w_y|^2 - |z - w_j|^2 + Delta]+ with both sides of length r, which is
     2 r^2 sum [cos_j - cos_y + margin_cos]+, margin_cos = Delta / (2 r^2). Distances are squared; mean over the batch.
     k: 1 in the paper for ResNet-50, 6 for MobileFaceNet. margin_cos: 0.5 (Delta = r^2). radius: r, 1. Plain attributes
-    that a schedule may change. logits are cosines. generator, `last`: as in Head.
+    that a schedule may change. logits are cosines. streaming changes nothing here: products are never held.
+    generator, `last`: as in Head.
     The released code multiplies by 2 r, and masks the own class with 0 instead of minus infinity, so that where the
     k-th nearest other class has a negative cosine a 0 takes its place; this follows the paper. pytorch-metric-learning
     has none.
@@ -146,7 +152,7 @@ def _nearest_hinges(head: Head, z: Tensor, labels: Tensor, k: int, margin_cos: f
     vectors = unit_rows(weight.index_select(0, rows.flatten())).view(*rows.shape, z.shape[1])  # (B, 1 + k, D)
     cos = (z[:, None] * vectors).sum(dim=2)
     with torch.no_grad():
-        right = ~((cos[:, 1:] > cos[:, :1]) & is_one).any(dim=1)
+        right = ((cos[:, 1:] < cos[:, :1]) | ~is_one).all(dim=1)
         head.last = {"accuracy": right.to(cos.dtype).mean(), "zero_embeddings": (z == 0).all(dim=1).sum()}
     hinges = (cos[:, 1:] - cos[:, :1] + margin_cos).clamp_min(0.0)
     return (hinges * is_one).sum(dim=1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from metricface.choices import is_count
 from metricface.distances import full_precision, unit_rows
-from metricface.heads.base import Head, check_scale, cross_entropy
+from metricface.heads.base import Head, check_scale, cross_entropy, fitting
 
 
 class Softmax(Head):
@@ -46,7 +46,7 @@ class Softmax(Head):
     def _set_classes(self, means: Tensor, found: Tensor, embeddings: Tensor, labels: Tensor) -> None:
         super()._set_classes(means, found, embeddings, labels)
         if self.bias is not None:
-            self.bias[found] = (-0.5 * means.square().sum(dim=1))[found].to(self.bias.dtype)
+            self.bias[found] = fitting((-0.5 * means.square().sum(dim=1))[found], self.bias)
 
     def extra_repr(self) -> str:
         """Shown by print(head)."""

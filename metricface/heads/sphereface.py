@@ -5,7 +5,7 @@ from torch import Tensor
 
 from metricface.choices import is_count
 from metricface.heads.base import Head, check_number, cross_entropy
-from metricface.heads.target import Target, lengths_of, make_target
+from metricface.heads.target import Target, lengths_of
 
 
 def psi(cos: Tensor, margin: int) -> Tensor:
@@ -23,13 +23,13 @@ def psi(cos: Tensor, margin: int) -> Tensor:
     return (1.0 - 2.0 * (k % 2)) * multiple - 2.0 * k
 
 
-def annealed_lambda(iteration: int, *, base: float, gamma: float, power: float, least: float) -> float:
+def annealed_lambda(iteration: Tensor, *, base: float, gamma: float, power: float, least: float) -> Tensor:
     """max(least, base (1 + gamma x iteration)^-power), the weight of the plain cosine at a training step.
 
-    iteration: 1 for the first step, as in the authors' layers, which count before they use it.
+    iteration: any shape; 1 for the first step, as in the authors' layers, which count before they use it.
     Source: the released caffe-sphereface and LargeMargin_Softmax_Loss layers.
     """
-    return max(least, base / float((1.0 + gamma * iteration) ** power))
+    return (base * (1.0 + gamma * iteration.double()) ** -power).clamp_min(least)
 
 
 class _MultipliedAngle(Head):
@@ -68,8 +68,13 @@ class _MultipliedAngle(Head):
     @property
     def annealing(self) -> Tensor:
         """The weight lambda of the plain cosine at the present step: 0-dim float64."""
-        step = self.iteration.clamp_min(1).double()
-        return (self.lambda_base * (1.0 + self.lambda_gamma * step) ** -self.lambda_power).clamp_min(self.lambda_min)
+        return annealed_lambda(
+            self.iteration.clamp_min(1),
+            base=self.lambda_base,
+            gamma=self.lambda_gamma,
+            power=self.lambda_power,
+            least=self.lambda_min,
+        )
 
     def target_cos(self, target: Target) -> Tensor:
         """(lambda cos(theta) + psi(theta)) / (1 + lambda): (B,)."""
@@ -89,9 +94,7 @@ class _MultipliedAngle(Head):
         if not self.unit_classes:
             length = length * others.own_length
         cos = torch.where(length > 0, others.own / torch.where(length > 0, length, 1.0), 0.0)
-        target = make_target(cos, x, self.weight.detach().index_select(0, labels).to(x.dtype))
-        with torch.no_grad():
-            self.last["target_angle_deg"] = torch.atan2(target.sin, target.cos).rad2deg().mean()
+        target = self._target(cos, x, labels)
         return cross_entropy(others.reduced, length * self.target_cos(target))
 
     def extra_repr(self) -> str:

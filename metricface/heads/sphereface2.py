@@ -99,5 +99,10 @@ def balanced_offset(num_classes: int, weight: float, margin_cos: float, scale: f
     z = weight / ((1.0 - weight) * (num_classes - 1))
     q = math.exp(-2.0 * scale * margin_cos)
     root = math.sqrt((1.0 - z) ** 2 + 4.0 * z * q)
-    positive = 2.0 * z / (1.0 - z + root) if z <= 1.0 else (root - (1.0 - z)) / (2.0 * q)
-    return math.log(positive) - scale * (float(2.0 * 0.5**t) - 1.0 + margin_cos)
+    if z > 1.0:  # as a logarithm: q itself may be too small to divide by
+        positive = math.log(root - (1.0 - z)) - math.log(2.0) + 2.0 * scale * margin_cos
+    else:
+        gap = 1.0 - z + root
+        # z = 1 leaves 2 sqrt(q), of which the same is true
+        positive = math.log(2.0 * z) - (math.log(gap) if gap > 0.0 else math.log(2.0) - scale * margin_cos)
+    return positive - scale * (float(2.0 * 0.5**t) - 1.0 + margin_cos)

@@ -3,7 +3,7 @@
 No arc cosine stands in a gradient's way: its slope is infinite at 0 and pi. A margin in radians is added by
 cos(theta + m) = cos theta cos m - sin theta sin m, with the sine taken from the rows' difference and sum (1 - cos^2 has
 no correct digit left below an angle of 0.02 degrees in float32) and its gradient from sin' = -cos / sin, defined as 0
-where the sine is 0: there the direction in which the angle would grow is unknown.
+where the sine is below 4 machine epsilons: there the direction in which the angle would grow is unknown.
 """
 
 import math
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from metricface.choices import check_choice
 from metricface.distances import safe_sqrt, unit_rows
+
+# A sine of so many machine epsilons has a direction.
+DIRECTION = 4.0
 
 BeyondPi = Literal["monotone", "easy", "none"]
 
@@ -37,7 +40,9 @@ def make_target(cos: Tensor, x: Tensor, classes: Tensor) -> Target:
         both = torch.linalg.vector_norm(z - w, dim=1) * torch.linalg.vector_norm(z + w, dim=1)
         is_zero = (z == 0).all(dim=1) | (w == 0).all(dim=1)
         value = torch.where(is_zero, 1.0, 0.5 * both)
-        slope = torch.where(value > 0, -cos / torch.where(value > 0, value, 1.0), 0.0)
+        # Closer than this the direction between the two is rounding, and the slope would multiply it without bound.
+        apart = value > DIRECTION * torch.finfo(value.dtype).eps
+        slope = torch.where(apart, -cos / torch.where(apart, value, 1.0), 0.0)
     return Target(cos, with_slope(value, slope, cos), lengths_of(x))
 
 
@@ -58,7 +63,7 @@ def shifted(target: Target, margin_rad: float | Tensor) -> Tensor:
 
 
 def angle(target: Target) -> Tensor:
-    """Theta in radians, (B,) in [0, pi], with a finite gradient: 0 where the sine is 0."""
+    """Theta in radians, (B,) in [0, pi], with a finite gradient: 0 at angles of 0 and pi."""
     return torch.atan2(target.sin, target.cos)
 
 

@@ -196,9 +196,10 @@ def test_psi_falls_all_the_way_as_published(margin: int) -> None:
 def test_lambda_falls_as_published_and_is_counted_before_it_is_used() -> None:
     sphere, mnist = case("B2.lambda_schedule"), case("B2.lambda_lsoftmax_mnist")
     for step, expected in zip(sphere["inputs"]["it"], sphere["expected"], strict=True):
-        assert annealed_lambda(step, base=1000, gamma=0.12, power=1, least=5) == pytest.approx(expected, abs=1e-6)
+        found = annealed_lambda(torch.tensor(step), base=1000, gamma=0.12, power=1, least=5).item()
+        assert found == pytest.approx(expected, abs=1e-6)
     for step, expected in zip(mnist["inputs"]["it"], mnist["expected"], strict=True):
-        found = annealed_lambda(step, base=1000, gamma=2.5e-5, power=35, least=0)
+        found = annealed_lambda(torch.tensor(step), base=1000, gamma=2.5e-5, power=35, least=0).item()
         assert found == pytest.approx(expected, abs=1e-6)
     head = heads.SphereFace(3, 2)
     x, labels = torch.tensor(XA), torch.tensor([0, 1, 2])
