@@ -1,23 +1,18 @@
 """P identities x K images: the batches that mining needs."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from samplers.epochs import EpochBatchSampler, whole_number
-from samplers.groups import group_by_identity
-from samplers.shuffles import key_of, keys_for, shuffled, turn
-
-SmallIdentities = Literal["repeat", "skip"]
+from samplers.identity_batches import IdentityBatchSampler, Labels, Plan, SmallIdentities
+from samplers.visits import EvenVisits, IdentityWeights, WeightedVisits
 
 _log = logging.getLogger(__name__)
 
 
-class IdentityBalancedBatchSampler(EpochBatchSampler):
+class IdentityBalancedBatchSampler(IdentityBatchSampler):
     """Batches of P distinct identities with K images each, image indices of one identity side by side.
 
     An epoch is ceil(usable identities / P) batches. Each usable identity has its visit in it; the last batch is filled
@@ -33,20 +28,30 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
     images_per_identity: K.
     small_identities: what to do with identities of fewer than K images. "repeat" takes all their images before any
         a second time: note that an identity with one image then fills K places with it, a positive pair at distance 0;
-        a warning says how many do. With many of those use singletons_per_batch. "skip" leaves them out;
-        `left_out_identities` and `left_out_images` say how many, and a warning is logged. Only rank 0 logs.
+        a warning says how many do. With many of those use singletons_per_batch. "skip" leaves them out.
+    min_images: identities with fewer images have no visits. `left_out_identities` and `left_out_images` say how many
+        this or "skip" leaves out, and a warning is logged. Only rank 0 logs.
     singletons_per_batch: N. Above 0 identities with a single image have no visits; N of them, distinct, end every
-        batch as negatives, and all of them get their turn over the epochs, K does not matter to them.
+        batch as negatives, and all of them get their turn over the epochs, K and min_images do not matter to them.
+    identity_weights: "uniform" is one visit an epoch for each; "count" is ceil(n / K) visits, so that an epoch shows
+        each image at least once, and "sqrt" ceil(sqrt(n / K)). Nobody is twice in a batch, so nobody has more visits
+        than an epoch has batches: how far this keeps the long tail from its share, `asked_shares` and
+        `realised_shares` say, and a warning how many it holds back. An epoch then is as many batches as its visits
+        need, and planning one costs a pass over the identities.
+    groups: (N,) a camera, session, age band, ... of each image: the K images of a visit then come from as many
+        different ones as possible, so that positives cross groups. `CrossGroupRotation` says in which turns. A warning
+        says how many identities have all their images in one group.
     usable_identities: attribute, the identities that have visits.
 
-    Raises ValueError for labels that are empty, not 1-D or neither whole numbers nor strings, P or K < 1, N < 0, a
-    rank out of range, P or N not divisible by world_size, fewer usable identities than P, fewer singletons than N, or
-    an unknown small_identities; TypeError where a number is not whole.
+    Raises ValueError for labels that are empty, not 1-D or neither whole numbers nor strings, P, K or min_images < 1,
+    N < 0, a rank out of range, P or N not divisible by world_size, fewer usable identities than P, fewer singletons
+    than N, an unknown small_identities or identity_weights, or another number of groups than labels; TypeError where a
+    number is not whole.
     """
 
     def __init__(
         self,
-        labels: Sequence[int] | Sequence[str] | NDArray[Any] | torch.Tensor,
+        labels: Labels,
         identities_per_batch: int,
         images_per_identity: int,
         *,
@@ -54,145 +59,69 @@ class IdentityBalancedBatchSampler(EpochBatchSampler):
         rank: int = 0,
         world_size: int = 1,
         small_identities: SmallIdentities = "repeat",
+        min_images: int = 1,
         singletons_per_batch: int = 0,
+        identity_weights: IdentityWeights = "uniform",
+        groups: Labels | None = None,
     ) -> None:
-        self.identities_per_batch = whole_number("identities_per_batch", identities_per_batch, least=1)
-        self.images_per_identity = whole_number("images_per_identity", images_per_identity, least=1)
-        self.singletons_per_batch = whole_number("singletons_per_batch", singletons_per_batch, least=0)
-        if small_identities not in get_args(SmallIdentities):
-            raise ValueError(f'small_identities must be "repeat" or "skip", found {small_identities!r}.')
-        self.small_identities: SmallIdentities = small_identities
-        self.seed = whole_number("seed", seed)
-        self.table = group_by_identity(labels)
-        self._choose_identities()
-        plan: dict[str, int | str] = {
-            "seed": self.seed,
-            "identities_per_batch": self.identities_per_batch,
-            "images_per_identity": self.images_per_identity,
-            "small_identities": self.small_identities,
-            "singletons_per_batch": self.singletons_per_batch,
-            "num_images": self.table.num_images,
-        }
-        num_batches = -(-self.usable_identities // self.identities_per_batch)
-        super().__init__(num_batches, plan, rank=rank, world_size=world_size)
-        self._check_shares()
-        if self.rank == 0:
-            self._warn_of_small_identities()
-
-    def _warn_of_small_identities(self) -> None:
-        if self.left_out_identities:
-            _log.warning(
-                "IdentityBalancedBatchSampler leaves out %d of %d identities (%d of %d images): fewer than %d images "
-                'each and small_identities="skip".',
-                self.left_out_identities,
-                self.table.num_identities,
-                self.left_out_images,
-                self.table.num_images,
-                self.images_per_identity,
-            )
-        repeated = int((self.table.counts[self._usable] == 1).sum())
-        if repeated and self.images_per_identity > 1:
-            _log.warning(
-                "IdentityBalancedBatchSampler fills %d places with one image for %d of %d identities, which have no "
-                'other (small_identities="repeat"): positive pairs at distance 0. Set singletons_per_batch to use '
-                'them as negatives only, or pass small_identities="skip".',
-                self.images_per_identity,
-                repeated,
-                self.table.num_identities,
-            )
-
-    def _choose_identities(self) -> None:
-        """Rows of the table that have visits, that are singletons, and how many are neither."""
-        counts = self.table.counts
-        single = counts == 1 if self.singletons_per_batch else np.zeros(len(counts), dtype=bool)
-        small = counts < self.images_per_identity if self.small_identities == "skip" else np.zeros_like(single)
-        self._usable = np.flatnonzero(~single & ~small)
-        self._singles = np.flatnonzero(single)
-        self.usable_identities = len(self._usable)
-        left_out = small & ~single
-        self.left_out_identities = int(left_out.sum())
-        self.left_out_images = int(counts[left_out].sum())
-        if self.usable_identities < self.identities_per_batch:
-            raise ValueError(self._too_few())
-        if len(self._singles) < self.singletons_per_batch:
+        if identity_weights not in get_args(IdentityWeights):
             raise ValueError(
-                f"singletons_per_batch={self.singletons_per_batch} needs as many identities with one image; these "
-                f"labels have {len(self._singles):,} of {self.table.num_identities:,}. Lower singletons_per_batch."
+                f"identity_weights must be one of {', '.join(get_args(IdentityWeights))}; found {identity_weights!r}."
             )
-
-    def _too_few(self) -> str:
-        skip = self.small_identities == "skip"
-        total = self.table.num_identities
-        wanted = f"{self.identities_per_batch:,} identities"
-        if skip:
-            wanted += f" with at least {self.images_per_identity} images"
-        found = f"{self.usable_identities:,} of {total:,}"
-        if total == 1:
-            found = f"one identity only ({self.table.num_images:,} images)"
-        if len(self._singles):
-            found += f" ({len(self._singles):,} with one image are set aside by singletons_per_batch)"
-        advice = "Lower identities_per_batch"
-        if skip:
-            advice += ' or images_per_identity, or pass small_identities="repeat"'
-        return (
-            f"IdentityBalancedBatchSampler needs {wanted} "
-            f'(small_identities="{self.small_identities}"); these labels have {found}. {advice}.'
+        self.identity_weights: IdentityWeights = identity_weights
+        super().__init__(
+            labels,
+            identities_per_batch,
+            images_per_identity,
+            {"identity_weights": identity_weights},
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            small_identities=small_identities,
+            min_images=min_images,
+            singletons_per_batch=singletons_per_batch,
+            groups=groups,
         )
 
-    def _check_shares(self) -> None:
-        shared = {
-            "identities_per_batch": self.identities_per_batch,
-            "singletons_per_batch": self.singletons_per_batch,
-        }
-        for name, number in shared.items():
-            if number % self.world_size:
-                below = number - number % self.world_size
-                nearest = f"{below} or {below + self.world_size}" if below else f"{self.world_size}"
-                raise ValueError(
-                    f"{name}={number} counts all ranks together and must be divisible by "
-                    f"world_size={self.world_size}: pass {nearest}."
-                )
+    @property
+    def asked_shares(self) -> NDArray[np.float64]:
+        """(usable identities,) the share of all visits that the weights ask for: as 1, sqrt(n) or n. Sums to 1."""
+        counts = self.table.counts[self._usable].astype(np.float64)
+        weights = {"uniform": np.ones_like(counts), "sqrt": np.sqrt(counts), "count": counts}[self.identity_weights]
+        shares: NDArray[np.float64] = weights / weights.sum()
+        return shares
 
-    def _described_plan(self) -> dict[str, int | str]:
-        return {**self._plan, "labels": self.table.digest}
+    @property
+    def realised_shares(self) -> NDArray[np.float64]:
+        """(usable identities,) the share of an epoch's visits that each has, fillers not counted. Sums to 1."""
+        visits = np.ones(self.usable_identities) if isinstance(self._visits, EvenVisits) else self._visits.visits
+        shares: NDArray[np.float64] = visits / visits.sum()
+        return shares
 
-    def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
-        size = self.identities_per_batch * self.images_per_identity + self.singletons_per_batch
-        for span in self._spans(first, size):
-            batches = np.arange(span.start, span.stop)
-            rows = np.concatenate((self._visits(epoch, batches), self._negatives(epoch, batches)), axis=1)
-            yield from (row.tolist() for row in rows)
+    def _length(self) -> int:
+        number, per_batch = self.usable_identities, self.identities_per_batch
+        self._visits: EvenVisits | WeightedVisits = (
+            EvenVisits(number, per_batch, self.seed)
+            if self.identity_weights == "uniform"
+            else WeightedVisits(
+                self.table.counts[self._usable], per_batch, self.images_per_identity, self.identity_weights, self.seed
+            )
+        )
+        return self._visits.num_batches
 
-    def _visits(self, epoch: int, batches: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
-        """(batches, P / world_size * K) image indices of this rank's identities."""
-        places = _shares(batches, self.identities_per_batch, self.rank, self.world_size).ravel()
-        # The last batch runs over the end of the order and takes its first identities again: others than its own,
-        # since there are at least P. Their images are those of the next turn of their rotation.
-        filler = places >= self.usable_identities
-        places[filler] -= self.usable_identities
-        identity = self._usable[shuffled(places, self.usable_identities, key_of("identities", self.seed, epoch))]
-        count = self.table.counts[identity]
-        cycle, taken = turn(epoch, count, self.images_per_identity, ahead=filler * self.images_per_identity)
-        key = keys_for(keys_for(key_of("rotation", self.seed), identity), cycle)
-        chosen = shuffled(taken, count[:, None], key[:, None])  # (visits, K)
-        images: NDArray[np.integer[Any]] = self.table.images[self.table.offsets[identity][:, None] + chosen]
-        return images.reshape(len(batches), -1)
+    def _epoch_plan(self, epoch: int) -> Plan:
+        planned, slots = self._visits.epoch(epoch), self._slots()
+        return lambda batches: planned.at(batches, slots)
 
-    def _negatives(self, epoch: int, batches: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
-        """(batches, N / world_size) image indices of singletons: one rotation of all of them, a turn each batch."""
-        if not self.singletons_per_batch:
-            return np.empty((len(batches), 0), dtype=self.table.images.dtype)
-        share = self.singletons_per_batch // self.world_size
-        total = len(self._singles)
-        cycle, taken = turn(epoch * len(self) + batches, np.full(len(batches), total), self.singletons_per_batch)
-        taken = taken[:, self.rank * share : (self.rank + 1) * share]
-        chosen = self._singles[shuffled(taken, total, keys_for(key_of("singletons", self.seed), cycle)[:, None])]
-        images: NDArray[np.integer[Any]] = self.table.images[self.table.offsets[chosen]]
-        return images
-
-
-def _shares(batches: NDArray[np.int64], per_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """(batches, per_batch / world_size) places of this rank in an order of which each batch takes per_batch."""
-    share = per_batch // world_size
-    places: NDArray[np.int64] = batches[:, None] * per_batch + rank * share + np.arange(share)
-    return places
+    def _warn(self) -> None:
+        super()._warn()
+        if isinstance(self._visits, WeightedVisits) and self._visits.capped:
+            most = int(self._visits.visits.argmax())
+            _log.warning(
+                'IdentityBalancedBatchSampler has %d identities in every batch, and identity_weights="%s" would have '
+                "them more often: the one with most images has %.2f%% of the visits in place of %.2f%%.",
+                self._visits.capped,
+                self.identity_weights,
+                100 * self.realised_shares[most],
+                100 * self.asked_shares[most],
+            )
