@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metricface.identities": {"metricface.tuples"},
     "metricface.diagnostics": FLOOR_0,
     "metricface.miners": FLOOR_0 | {"metricface.miners"},
+    "metricface.miners.dataset": FLOOR_0 | {"metricface.atomic", "metricface.miners", "samplers"},
     "metricface.losses": FLOOR_0
     | {"metricface.diagnostics", "metricface.heads", "metricface.losses", "metricface.miners"},
     "metricface.products": {"metricface.distances"},
@@ -34,6 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metricface.models.embedder": {"metricface.atomic", "metricface.models", "metricface.distances"} | DATA,
     "metricface.data": DATA,
     "metricface.data.pair_lists": DATA | {"metricface.evaluation.pairs"},
+    "metricface.label_noise": {"metricface.atomic", "metricface.label_noise", "metricface.miners.dataset", "samplers"}
+    | FLOOR_0
+    | DATA,
     "metricface.evaluation": {"metricface.evaluation"} | FLOOR_0,
     "metricface.monitoring": {"metricface.evaluation", "metricface.data", "metricface.monitoring"} | FLOOR_0,
     "metricface.training.recipe": {"metricface.data.augment"},
