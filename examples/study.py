@@ -1,13 +1,15 @@
 """Compare objectives under one budget: every variant of a recipe, over seeds, as a table of mean and spread.
 
     python examples/study.py examples/recipes/lfw.yaml --budget 180s --seeds 0 1 -- --data.train FOLDER
+    python examples/study.py examples/recipes/lfw.yaml --share_first_stage --variants recipe look_alikes_50 -- ...
 
 Variants share the recipe's data, network, first stage and budget, and differ in what happens to them. Runs go one after
 another to OUTPUT/VARIANT-SEED; those whose report exists are not run again, so an interrupted study can be continued.
+With --share_first_stage the first stage of the recipe is trained once a seed and every variant goes on from its weights
+(--model.start), for the rest of the budget: variants differ in nothing before their last stage.
 """
 
 import argparse
-import copy
 import json
 import statistics
 import subprocess
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from metricface.training.recipe import budget_seconds
 
 Recipe = dict[str, Any]
 SOFTMAX = {"name": "Softmax"}
@@ -46,7 +50,20 @@ def then(miner: str, head: dict[str, Any] = SOFTMAX) -> Callable[[Recipe], None]
     return change
 
 
+def look_alikes(share: float, neighbourhood: int = 4, **tables: Any) -> Callable[[Recipe], None]:
+    """The recipe's stages, the last one with a share of look-alikes in its batches of as many identities."""
+
+    def change(recipe: Recipe) -> None:
+        last = recipe["stages"][-1]
+        options = last["sampler"]["options"] | {"look_alike_share": share, "neighbourhood": neighbourhood}
+        last["sampler"] = {"name": "LookAlikeBatchSampler", "options": options}
+        last["look_alikes"] = tables or None
+
+    return change
+
+
 VARIANTS: dict[str, Callable[[Recipe], None]] = {
+    "recipe": lambda recipe: None,
     "softmax": only(SOFTMAX),
     "cosface": only(COSFACE),
     "semi_hard": then("SemiHardMiner"),
@@ -54,6 +71,11 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "distance_weighted": then("DistanceWeightedMiner"),
     "random": then("RandomMiner"),
     "cosface_distance_weighted": then("DistanceWeightedMiner", COSFACE),
+    "look_alikes_25": look_alikes(0.25),
+    "look_alikes_50": look_alikes(0.5),
+    "look_alikes_75": look_alikes(0.75, neighbourhood=8),
+    "look_alikes_50_renewed": look_alikes(0.5, every_steps=50),
+    "look_alikes_50_wide": look_alikes(0.5, neighbours=100),
 }
 
 
@@ -63,6 +85,7 @@ def main() -> None:
     parser.add_argument("--budget", default="180s", help="training time of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--share_first_stage", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     given = sys.argv[1:]
     ours = given.index("--") if "--" in given else len(given)
@@ -70,30 +93,43 @@ def main() -> None:
     reports: dict[str, list[Recipe]] = {}
     for seed in arguments.seeds:
         for variant in arguments.variants:
-            folder = arguments.output / f"{variant}-{seed}"
-            if not (folder / "report.json").exists():
-                run(variant, arguments.recipe, folder, ["--budget", arguments.budget, "--seed", str(seed), *settings])
-            reports.setdefault(variant, []).append(json.loads((folder / "report.json").read_text()))
-    print(table(reports))
+            recipe = yaml.safe_load(arguments.recipe.read_text()) | {"budget": arguments.budget, "seed": seed}
+            VARIANTS[variant](recipe)
+            if arguments.share_first_stage:
+                recipe = after_first_stage(recipe, arguments.output / f"first-{seed}", settings)
+            reports.setdefault(variant, []).append(run(recipe, arguments.output / f"{variant}-{seed}", settings))
+    print(table(reports, since=0 if arguments.share_first_stage else 1))
 
 
-def run(variant: str, recipe: Path, folder: Path, settings: list[str]) -> None:
-    """One training run in a process of its own, so that no run inherits threads or caches from another."""
-    changed = copy.deepcopy(yaml.safe_load(recipe.read_text()))
-    VARIANTS[variant](changed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    varied = folder.with_suffix(".yaml")
-    varied.write_text(yaml.safe_dump(changed, sort_keys=False))
-    command = [sys.executable, "-m", "metricface.cli.train", str(varied), "--output", str(folder), *settings]
-    subprocess.run(command, check=True)
+def after_first_stage(recipe: Recipe, folder: Path, settings: list[str]) -> Recipe:
+    """The recipe without its first stage, going on from that stage's weights; they are trained where nobody has yet."""
+    first, *rest = recipe["stages"]
+    shares = [stage["share"] for stage in recipe["stages"]]
+    seconds = budget_seconds(recipe["budget"])
+    budgets = [f"{seconds * part / sum(shares):.1f}s" for part in (shares[0], sum(shares[1:]))]
+    run(recipe | {"stages": [first], "budget": budgets[0]}, folder, settings)
+    model = recipe.get("model", {}) | {"start": str(folder / "model")}
+    return recipe | {"stages": rest, "budget": budgets[1], "model": model}
 
 
-def table(reports: dict[str, list[Recipe]]) -> str:
-    """A Markdown table of test figures: mean over seeds, and half the range between them."""
+def run(recipe: Recipe, folder: Path, settings: list[str]) -> Recipe:
+    """The report of a training run, in a process of its own, so that no run inherits threads or caches from another."""
+    if not (folder / "report.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        varied = folder.with_suffix(".yaml")
+        varied.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        command = [sys.executable, "-m", "metricface.cli.train", str(varied), "--output", str(folder), *settings]
+        subprocess.run(command, check=True)
+    report: Recipe = json.loads((folder / "report.json").read_text())
+    return report
+
+
+def table(reports: dict[str, list[Recipe]], since: int = 1) -> str:
+    """A Markdown table of test figures from evaluation `since` on: mean over seeds, and half the range between them."""
     head = ("variant", "when", *FIGURES)
     lines = [" | ".join(head), "|".join("---" for _ in head)]
     for variant, found in reports.items():
-        for moment in range(1, len(found[0]["history"])):
+        for moment in range(since, len(found[0]["history"])):
             figures = [report["history"][moment]["test"] for report in found]
             cells = [spread([one[name] for one in figures]) for name in FIGURES]
             lines.append(" | ".join((variant, found[0]["history"][moment]["when"], *cells)))

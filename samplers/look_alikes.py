@@ -15,7 +15,7 @@ from samplers.visits import EvenVisits, Planned
 
 # Batches planned ahead of the one asked for: enough to spread NumPy's cost per call, few enough that a table computed
 # while training goes on is soon in force.
-PLANNED_AHEAD = 32
+PLANNED_AHEAD = 16
 # (usable identities, k): numbers of usable identities, -1 for none.
 Neighbours = NDArray[np.int32]
 
@@ -100,23 +100,26 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
         neighbours: a table as the constructor takes it, or a Future of one that is still being computed. Whoever pulls
             a batch that needs it waits, so that a run does not depend on how fast it was; an exception of the
             Future is raised there.
-        Raises ValueError for a batch that is planned already, or not beyond the last table's; and as the constructor.
+        A table for the same batch as the last one replaces it. Raises ValueError for a batch that is planned already or
+        before the last table's; and as the constructor.
         """
-        at = whole_number("at", at, least=1)
+        at = whole_number("at", at, least=0)
         if at < self._planned:
             raise ValueError(
                 f"A table of neighbours cannot be put in force at batch {at}: batches up to {self._planned - 1} are "
                 f"planned. Ask for batch {self._planned} or later."
             )
-        if at <= self._tables[-1][0]:
+        if at < self._tables[-1][0]:
             raise ValueError(f"There is a table from batch {self._tables[-1][0]} on; this one, from {at}, comes late.")
         table = neighbours if isinstance(neighbours, Future) else self._checked(neighbours)
-        self._tables = [*self._needed(), (at, table)]
+        self._tables = [*(kept for kept in self._needed() if kept[0] != at), (at, table)]
 
     def table_from(self) -> int:
-        """Since which batch, counted from the first of epoch 0, the table that training is in has been in force."""
-        now = self.epoch * len(self) + self.position
-        return max((at for at, _ in self._tables if at <= now), default=self._tables[0][0])
+        """Since which batch, counted from the first of epoch 0, the table has been in force that training drew from.
+
+        That is the table of the last batch it received, or of the first, if none yet.
+        """
+        return self._at(max(self.epoch * len(self) + self.position - 1, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """As EpochBatchSampler, and "neighbours": [{"at", "table"}]; waits for tables that are being computed."""

@@ -40,7 +40,7 @@ def split_identities(
         raise ValueError(f"share of identities to hold out must lie between 0 and 1, both excluded; got {share}.")
     if len(set(identities)) != len(identities):
         raise ValueError("identities must be distinct names; some occur more than once.")
-    units = list(identities) if group is None else _captured(identities, group)
+    units = list(identities) if group is None else captured(identities, group)
     names = sorted(set(units))
     if len(names) < 2:
         what = "identities" if group is None else f"groups by {group!r}"
@@ -57,20 +57,23 @@ def split_identities(
     return IdentitySplit(np.flatnonzero(~out).astype(np.int64), np.flatnonzero(out).astype(np.int64))
 
 
-def _captured(identities: Sequence[str], group: str) -> list[str]:
-    """Return what the pattern's one group captures in each name."""
+def captured(names: Sequence[str], group: str) -> list[str]:
+    """What the pattern's one group captures in each name, found by `re.search`.
+
+    Raises ValueError where the pattern is none, has not exactly one group, or captures nothing in some name.
+    """
     try:
         pattern = re.compile(group)
     except re.error as error:
         raise ValueError(f"group {group!r} is not a regular expression: {error}.") from error
     if pattern.groups != 1:
         raise ValueError(f"group {group!r} must have exactly one capturing group in brackets; it has {pattern.groups}.")
-    matches = [pattern.search(name) for name in identities]
-    captured = [match.group(1) if match else None for match in matches]
-    unmatched = [name for name, text in zip(identities, captured, strict=True) if text is None]
+    matches = [pattern.search(name) for name in names]
+    texts = [match.group(1) if match else None for match in matches]
+    unmatched = [name for name, text in zip(names, texts, strict=True) if text is None]
     if unmatched:
         raise ValueError(
-            f"group {group!r} captures nothing in {len(unmatched):,} of {len(identities):,} identity names, for "
+            f"group {group!r} captures nothing in {len(unmatched):,} of {len(names):,} names, for "
             f"instance {unmatched[0]!r}. Adjust the pattern, or rename these folders."
         )
-    return [text for text in captured if text is not None]
+    return [text for text in texts if text is not None]

@@ -1,11 +1,13 @@
 """The one place where names in a recipe become objects."""
 
 import contextlib
+import importlib.util
 import inspect
 import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -14,12 +16,23 @@ from torch.utils.data import DataLoader
 from metricface import heads, losses, miners, models
 from metricface.choices import is_number
 from metricface.data.images import ImageBatch, ImageSet, keep
+from metricface.data.splits import captured
 from metricface.losses import mined
-from metricface.training.objective import HeadObjective, MinedObjective, Part, SumObjective, mines_for_itself
-from metricface.training.recipe import Component, Recipe, Stage, Term
-from samplers import IdentityBalancedBatchSampler, ImageBatchSampler
+from metricface.models import embedder
+from metricface.training.look_alikes import LookAlikeTables
+from metricface.training.objective import (
+    GivenPairs,
+    HeadObjective,
+    MinedObjective,
+    Part,
+    SumObjective,
+    mines_for_itself,
+)
+from metricface.training.recipe import Component, LookAlikes, Recipe, Stage, Term
+from samplers import IdentityBalancedBatchSampler, ImageBatchSampler, LookAlikeBatchSampler, PairBatchSampler
+from samplers.look_alikes import PLANNED_AHEAD
 
-Sampler = IdentityBalancedBatchSampler | ImageBatchSampler
+Sampler = IdentityBalancedBatchSampler | ImageBatchSampler | LookAlikeBatchSampler | PairBatchSampler
 
 
 def _by_name(*parts: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -52,7 +65,11 @@ MINERS = _by_name(
     miners.RandomMiner,
     miners.SemiHardMiner,
 )
-SAMPLERS = _by_name(ImageBatchSampler, IdentityBalancedBatchSampler)
+SAMPLERS = _by_name(ImageBatchSampler, IdentityBalancedBatchSampler, LookAlikeBatchSampler, PairBatchSampler)
+# What the trainer gives a sampler, beside images or labels.
+GIVEN = ("seed", "rank", "world_size", "neighbours")
+# Losses of pairs: without a miner they take the pairs of a PairBatchSampler as they are, others all of the batch.
+OF_PAIRS = (losses.ContrastiveLoss, losses.DeepID2Loss)
 OPTIMIZERS = _by_name(SGD, Adam, AdamW)
 # What the trainer knows and a recipe does not say.
 SIZES = ("num_classes", "embedding_dim")
@@ -109,7 +126,7 @@ def _sized(kind: str, component: Component, num_classes: int, embedding_dim: int
 def check_names(recipe: Recipe) -> None:
     """Raise ValueError for parts, options and scheduled numbers that do not exist, before any image is read."""
     for stage in recipe.stages:
-        _find("sampler", stage.sampler, SAMPLERS, 1, ("seed", "rank", "world_size"))
+        _find("sampler", stage.sampler, SAMPLERS, 1, GIVEN)
         for term in stage.terms():
             for kind, component, known in (
                 ("head", term.head, HEADS),
@@ -194,7 +211,11 @@ def autocast(dtype: torch.dtype, on: torch.device) -> torch.autocast:
 
 
 def model(recipe: Recipe, on: torch.device) -> nn.Module:
-    """The trunk, in channels_last layout, which CPUs and GPUs convolve fastest."""
+    """The trunk, in channels_last layout, which CPUs and GPUs convolve fastest.
+
+    Its weights are those of the recipe's `model.start`, or drawn. Raises ValueError where that is another network, and
+    FileNotFoundError where it is not there.
+    """
     try:
         made = models.build(
             recipe.model.name,
@@ -208,23 +229,58 @@ def model(recipe: Recipe, on: torch.device) -> nn.Module:
         raise ValueError(
             f"The network {recipe.model.name} cannot be made from {recipe.model.options}: {error}."
         ) from error
+    if recipe.model.start is not None:
+        start = embedder.load(recipe.model.start).model
+        ours, theirs = models.blueprint_of(made), models.blueprint_of(start)
+        if ours != theirs:
+            raise ValueError(
+                f"model.start={recipe.model.start!r} is another network: {theirs}; the recipe asks for {ours}. Set "
+                "model and data (height, width, channels) as they were, or leave model.start out."
+            )
+        made.load_state_dict(start.state_dict())
     return made.to(device=on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def sampler(stage: Stage, images: ImageSet, seed: int) -> Sampler:
     """Batches for a stage over the training people.
 
-    People with one image offer no positive pair. Where the recipe does not say how many of them a balanced batch
-    takes as negatives (`singletons_per_batch`), it takes as many as it has identities, if there are so many.
+    People with one image offer no positive pair. Where the recipe does not say how many of them a batch of identities
+    takes as negatives (`singletons_per_batch`), it takes as many as it has identities, if there are so many. The option
+    `groups` of a recipe is a regular expression with one group, searched in each image's key: what it captures is the
+    camera, session, ... of the image. A LookAlikeBatchSampler knows nobody's look-alikes yet.
     """
-    if stage.sampler.name == ImageBatchSampler.__name__:
+    name, options = stage.sampler.name, dict(stage.sampler.options)
+    if name == ImageBatchSampler.__name__:
         plain: Sampler = build("sampler", stage.sampler, SAMPLERS, len(images), seed=seed)
         return plain
-    options = dict(stage.sampler.options)
-    singles = int((images.counts() == 1).sum())
-    options.setdefault("singletons_per_batch", min(singles, options.get("identities_per_batch", 0)))
-    made: Sampler = build("sampler", Component(stage.sampler.name, options), SAMPLERS, images.labels, seed=seed)
+    if options.get("groups") is not None:
+        options["groups"] = captured(images.keys, str(options["groups"]))
+    known: dict[str, Any] = {"seed": seed}
+    if name != PairBatchSampler.__name__:
+        singles = int((images.counts() == 1).sum())
+        options.setdefault("singletons_per_batch", min(singles, options.get("identities_per_batch", 0)))
+    if name == LookAlikeBatchSampler.__name__:
+        known["neighbours"] = np.full((len(images.identities), 1), -1)
+    made: Sampler = build("sampler", Component(name, options), SAMPLERS, images.labels, **known)
     return made
+
+
+def look_alikes(
+    stage: Stage, batches: Sampler, images: ImageSet, workers: int, on: torch.device
+) -> LookAlikeTables | None:
+    """What makes the tables of the stage's sampler, if it needs any. Raises ValueError where that cannot work."""
+    if not isinstance(batches, LookAlikeBatchSampler):
+        return None
+    asked = stage.look_alikes or LookAlikes()
+    ahead = PLANNED_AHEAD + 2 * workers  # of training: what the sampler has planned and torch's loader fetched
+    if asked.delay <= ahead:
+        raise ValueError(
+            f"look_alikes.delay={asked.delay} must be above {ahead}: so many batches are planned or fetched before "
+            "training gets them."
+        )
+    if importlib.util.find_spec("faiss") is None:
+        raise ValueError("LookAlikeBatchSampler needs FAISS to find look-alikes: pip install metricface[cpu].")
+    return LookAlikeTables(asked, batches, images, on)
 
 
 def describe(batches: Sampler) -> str:
@@ -232,7 +288,16 @@ def describe(batches: Sampler) -> str:
     text = f"{len(batches):,} batches an epoch"
     if isinstance(batches, ImageBatchSampler):
         return f"{text}, each image once"
+    if isinstance(batches, PairBatchSampler):
+        text += f" of {batches.positive_pairs} positive and {batches.negative_pairs} negative pairs"
+        single = batches.single_image_identities
+        return f"{text}; {single:,} people with one image in negative pairs only" if single else text
     text += f" of {batches.identities_per_batch} identities x {batches.images_per_identity} images"
+    if isinstance(batches, LookAlikeBatchSampler):
+        text += f" ({batches.look_alikes_per_batch} of them look-alikes)"
+    elif batches.identity_weights != "uniform":
+        most, asked = batches.realised_shares.max(), batches.asked_shares.max()
+        text += f" (the one with most images has {most:.2%} of the visits; by {batches.identity_weights} {asked:.2%})"
     if batches.singletons_per_batch:
         text += f" + {batches.singletons_per_batch} people with one image, as negatives"
     if batches.left_out_identities:
@@ -242,14 +307,18 @@ def describe(batches: Sampler) -> str:
     return text
 
 
-def objective(stage: Stage, recipe: Recipe, num_classes: int) -> SumObjective:
-    """What a stage minimises; class-wise parts are sized to the training people."""
+def objective(stage: Stage, recipe: Recipe, num_classes: int, batches: Sampler | None = None) -> SumObjective:
+    """What a stage minimises; class-wise parts are sized to the training people.
+
+    batches: where they are pairs, losses of pairs take these.
+    """
     terms = stage.terms()
-    parts = {term.name: _part(term, num_classes, recipe.model.embedding_dim) for term in terms}
+    pairs = GivenPairs(batches.indices_tuple) if isinstance(batches, PairBatchSampler) else None
+    parts = {term.name: _part(term, num_classes, recipe.model.embedding_dim, pairs) for term in terms}
     return SumObjective(parts, {term.name: term.weight for term in terms}, stage.schedules)
 
 
-def _part(term: Term, num_classes: int, embedding_dim: int) -> Part:
+def _part(term: Term, num_classes: int, embedding_dim: int, pairs: nn.Module | None) -> Part:
     if term.head is not None:
         head = _sized("head", term.head, num_classes, embedding_dim)
         assert isinstance(head, heads.base.Head)
@@ -257,7 +326,7 @@ def _part(term: Term, num_classes: int, embedding_dim: int) -> Part:
     assert term.loss is not None
     loss = _sized("loss", term.loss, num_classes, embedding_dim)
     if term.miner is None:
-        return MinedObjective(loss, None)
+        return MinedObjective(loss, pairs if isinstance(loss, OF_PAIRS) and not mines_for_itself(loss) else None)
     if mines_for_itself(loss):
         raise ValueError(f"The loss {term.loss.name} mines for itself; leave the miner {term.miner.name} out.")
     return MinedObjective(loss, _miner(term.miner))
@@ -299,13 +368,15 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
     So a wrong name, a wrong size and parts that do not go together are found before the first stage, and are not taken
     for the divergence of a later one.
     """
-    rows = torch.randn(4, recipe.model.embedding_dim, generator=torch.Generator().manual_seed(0))
     for stage in recipe.stages:
         try:
-            sampler(stage, images, recipe.seed)
-            goal = objective(stage, recipe, len(images.identities))
+            batches = sampler(stage, images, recipe.seed)
+            tables = look_alikes(stage, batches, images, recipe.data.workers, torch.device("cpu"))
+            if tables is not None:
+                tables.close()
+            goal = objective(stage, recipe, len(images.identities), batches)
             goal.follow(0.0)
-            goal(rows, torch.tensor([0, 0, 1, 1]))
+            goal(*_rehearsed(batches, recipe.model.embedding_dim))
             optimizer(stage, nn.Linear(1, 1), goal)
         except (ValueError, TypeError) as error:
             hint = f" (--stages.{stage.name}.sampler.options.identities_per_batch)"
@@ -314,13 +385,26 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
             ) from error
 
 
+def _rehearsed(batches: Sampler, embedding_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random embeddings and labels that look like one of these batches as far as a loss can tell."""
+    labels = torch.tensor([0, 0, 1, 1])
+    if isinstance(batches, PairBatchSampler):
+        labels = torch.zeros(2 * batches.pairs_per_batch, dtype=torch.int64)
+        labels[batches.indices_tuple[3]] = 1
+    return torch.randn(len(labels), embedding_dim, generator=torch.Generator().manual_seed(0)), labels
+
+
 def ignore_interrupts(_: int) -> None:
     """For workers: Ctrl-C reaches the whole group of processes, and it is the trainer that ends the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[ImageBatch]:
-    """Whole batches of a set; read ahead by `workers` processes (0 for a set in memory, where a batch is one copy)."""
+    """Whole batches of a set; read ahead by `workers` processes (0 for a set in memory, where a batch is one copy).
+
+    Workers live as long as the loader: starting them anew each epoch would fork beside a thread that looks for
+    look-alikes, and a child can inherit a lock that is never released.
+    """
     # Its own generator: each pass over a loader draws a number, and a resumed run makes one pass more.
     own = torch.Generator()
     return DataLoader(
@@ -328,6 +412,7 @@ def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[Image
         batch_sampler=batches,
         collate_fn=keep,
         num_workers=workers,
+        persistent_workers=workers > 0,
         worker_init_fn=ignore_interrupts,
         generator=own,
     )

@@ -7,7 +7,7 @@ import torch
 
 from metricface.atomic import replacing
 
-VERSION = 2
+VERSION = 3
 
 
 def save(state: dict[str, Any], path: Path) -> None:

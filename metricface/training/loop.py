@@ -14,11 +14,13 @@ from torch import Tensor, nn
 import metricface
 from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
+from metricface.models import embedder
 from metricface.models.embedder import Embedder
 from metricface.monitoring.board import Board
 from metricface.training import assemble, checkpoint, stages
 from metricface.training import recipe as recipes
 from metricface.training.held_out import Figures, HeldOut, Scored
+from metricface.training.look_alikes import ClassWeights
 from metricface.training.people import People, gather
 from metricface.training.recipe import Recipe
 from metricface.training.throughput import bare_images_per_second
@@ -56,6 +58,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     stage_reports: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
+    class_vectors: ClassWeights | None = None  # of the head of the last kept stage that had one
     _start_weights: dict[str, Tensor] = field(default_factory=dict)
     _board: Board | None = None
 
@@ -74,6 +77,7 @@ class Run:
             "step": self.step,
             "model": self.model.state_dict(),
             "start_weights": self._start_weights,
+            "class_vectors": None if self.class_vectors is None else tuple(self.class_vectors),
             "stage": None if under_way is None else under_way.state_dict(),
             "history": [vars(moment) for moment in self.history],
             "notes": self.notes,
@@ -100,6 +104,7 @@ class Run:
         self.index, self.step = state["index"], state["step"]
         self.model.load_state_dict(state["model"])
         self._start_weights = state["start_weights"]
+        self.class_vectors = None if state["class_vectors"] is None else ClassWeights(*state["class_vectors"])
         self.history = [Moment(**moment) for moment in state["history"]]
         self.notes, self.stage_reports = state["notes"], state["stage_reports"]
         _restore_randomness(state)
@@ -163,9 +168,23 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
         HeldOut("validation", people.validation, seed=recipe.seed),
         HeldOut("test", people.test, people.listed, seed=recipe.seed),
     )
+    notes = _about_start(recipe, people)
+    for line in notes:
+        say(line)
     folder.mkdir(parents=True, exist_ok=True)
     _write(yaml.safe_dump(recipes.as_dict(recipe), sort_keys=False, allow_unicode=True), folder / RECIPE)
-    return Run(recipe, folder, people, device, model, held_out, say)
+    return Run(recipe, folder, people, device, model, held_out, say, notes=notes)
+
+
+def _about_start(recipe: Recipe, people: People) -> list[str]:
+    """A warning where the network starts from weights that may know the people it is scored on."""
+    start = recipe.model.start
+    if start is None or embedder.load(start).description.get("people") == people.digest():
+        return []
+    return [
+        f"The network started from {start}, which was not trained on just this division of people: some that are "
+        "scored here may have been trained on there."
+    ]
 
 
 def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]) -> None:
@@ -181,6 +200,7 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
         run.say(f"stage {stage.name}: {assemble.describe(under_way.sampler)}")
         if stage.class_means:
             stages.start_from_class_means(under_way, run.people, run.model, run.device)
+        stages.find_look_alikes(under_way, run.model, run.class_vectors)
     steps_before = run.step - under_way.clock.steps
 
     def report(step: int, scalars: dict[str, float]) -> None:
@@ -200,6 +220,7 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
             stopped=stopped,
             report=report,
             save=save,
+            class_vectors=run.class_vectors,
         )
     except (UnreadableImageError, OSError):  # an image has gone: what was trained since the last checkpoint is good
         save()
@@ -209,13 +230,17 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
         run.interrupted = True
         return
     _note_speed(run, under_way)
-    _keep_better(run, stage.name)
+    if _keep_better(run, stage.name):
+        run.class_vectors = stages.class_weights(under_way) or run.class_vectors
     run.index += 1
     run.save()
 
 
-def _keep_better(run: Run, name: str) -> None:
-    """Evaluate the end of a stage; where it lies below its start on validation people, go back to the start."""
+def _keep_better(run: Run, name: str) -> bool:
+    """Evaluate the end of a stage; where it lies below its start on validation people, go back to the start.
+
+    Returns whether the end is kept.
+    """
     start = [moment for moment in run.history if moment.kept][-1]
     try:
         end = _evaluate(run, f"after {name}")
@@ -226,7 +251,7 @@ def _keep_better(run: Run, name: str) -> None:
     figure = run.recipe.select_by
     before, after = _number(start.validation[figure]), _number(end.validation[figure])
     if after >= before:
-        return
+        return True
     end.kept = False
     run.model.load_state_dict(run._start_weights)
     note = (
@@ -235,6 +260,7 @@ def _keep_better(run: Run, name: str) -> None:
     )
     run.notes.append(note)
     run.say(note)
+    return False
 
 
 def _evaluate(run: Run, when: str) -> Moment:
@@ -289,6 +315,7 @@ def _finish(run: Run) -> None:
         },
         "skipped": [file._asdict() for file in run.people.skipped],
         "overlap": list(run.people.overlap),
+        "filter": None if run.people.filtered is None else run.people.filtered._asdict(),
         "stages": run.stage_reports,
         "history": [vars(moment) for moment in run.history],
         "final": {"when": kept.when, "validation": kept.validation, "test": kept.test},
@@ -305,7 +332,12 @@ def _finish(run: Run) -> None:
         },
     }
     _write(json.dumps(report, indent=2) + "\n", run.folder / REPORT)
-    description = {"recipe": report["recipe"], "threshold": kept.validation["threshold"], "figures": kept.test}
+    description = {
+        "recipe": report["recipe"],
+        "people": run.people.digest(),
+        "threshold": kept.validation["threshold"],
+        "figures": kept.test,
+    }
     Embedder(run.model, run.people.training.preprocessing, description).save(run.folder / EXPORT)
     run.board.close()
 

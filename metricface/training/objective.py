@@ -86,6 +86,18 @@ class MinedObjective(nn.Module):
         return known if margin is not None else {name: value for name, value in known.items() if name not in SHARES}
 
 
+class GivenPairs(nn.Module):
+    """In place of a miner: the pairs that a PairBatchSampler composed the batch of, the same places in every batch."""
+
+    def __init__(self, indices_tuple: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._pairs = tuple(indices_tuple)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """(a1, p, a2, n), on the device of `embeddings`."""
+        return tuple(index.to(embeddings.device) for index in self._pairs)
+
+
 def mines_for_itself(loss: nn.Module) -> bool:
     """Whether the loss is one of metricface.losses.mined, which take no miner."""
     return type(loss).__module__ == mined.__name__

@@ -13,6 +13,7 @@ from metricface.data.pair_lists import read_pairs
 from metricface.data.splits import split_identities
 from metricface.data.synthetic import SyntheticFaces
 from metricface.evaluation.pairs import PairList
+from metricface.label_noise.filter import FilterCounts, apply_filter, read_filter
 from metricface.training.recipe import Data
 
 SYNTHETIC = "synthetic"
@@ -23,6 +24,7 @@ class People:
     """Images of disjoint sets of identities; `listed` are the recipe's own pairs among the test images.
 
     skipped: files left out, and why; overlap: identities that stood in both folders and were left out of training.
+    filtered: what the recipe's filter did to training and validation people; None without one.
     """
 
     training: ImageSet
@@ -32,6 +34,7 @@ class People:
     skipped: tuple[SkippedFile, ...]
     overlap: tuple[str, ...]
     in_memory: bool
+    filtered: FilterCounts | None = None
 
     def describe(self) -> list[str]:
         """Lines for the start of a run and its report."""
@@ -41,15 +44,19 @@ class People:
             lines.append(f"left out   {len(self.skipped):,} files: {shown}{', ...' if len(self.skipped) > 3 else ''}")
         if self.overlap:
             lines.append(f"left out   {len(self.overlap):,} training identities that are also among the test people")
+        if self.filtered is not None:
+            lines.append(f"filter     {self.filtered.describe()}")
         return lines
 
     def digest(self) -> str:
-        """Changes when any image, its name or the side it is on does; pixels are not looked at."""
+        """Changes when any image, its name, side or, by a filter, identity does; pixels are not looked at."""
         found = hashlib.sha256()
         for name, images in self.by_name().items():
             found.update(f"{name} {images.preprocessing} {len(images)}\n".encode())
-            for key in images.keys:
-                found.update(f"{key}\n".encode(errors="surrogateescape"))
+            for index, key in enumerate(images.keys):
+                # Without a filter the key says whom an image shows.
+                shows = "" if self.filtered is None else f" {images.identities[images.labels[index]]}"
+                found.update(f"{key}{shows}\n".encode(errors="surrogateescape"))
         return found.hexdigest()
 
     def by_name(self) -> dict[str, ImageSet]:
@@ -62,6 +69,10 @@ def gather(data: Data, seed: int) -> People:
 
     The split depends on the names of the identities, `data` and `seed` alone. Raises ValueError, saying what to change,
     where a set would be empty or could not be scored.
+
+    The recipe's filter acts after test people are held out, and not on them: a test set cleaned with the help of a
+    network like those it is to judge would flatter them, and figures with and without the filter are of the same
+    images. Images that the filter gives to a test person leave training.
     """
     preprocessing = Preprocessing(data.height, data.width, data.channels, data.crop)
     source = _source(data.train, data, preprocessing, seed)
@@ -76,17 +87,19 @@ def gather(data: Data, seed: int) -> People:
         test = _source(data.test, data, preprocessing, seed)
         skipped += test.skipped
         known, overlap = _apart(source.identities, test.identities, data)
-    kept, validating = split_identities(
-        [source.identities[label] for label in known], data.validation_share, seed=seed + 1, group=data.group
-    )
+    rest, filtered = source.select(known), None
+    if data.filter is not None:
+        rest, filtered = apply_filter(rest, read_filter(data.filter), held_out=test)
+    kept, validating = split_identities(rest.identities, data.validation_share, seed=seed + 1, group=data.group)
     people = People(
-        training=source.select(known[kept]),
-        validation=source.select(known[validating]),
+        training=rest.select(kept),
+        validation=rest.select(validating),
         test=test,
         listed=None if data.pairs is None else read_pairs(data.pairs, test, missing=data.missing_pairs),
         skipped=tuple(skipped),
         overlap=overlap,
         in_memory=_fits(source, data),
+        filtered=filtered,
     )
     _check_usable(people)
     return people

@@ -37,6 +37,8 @@ class Data:
         test: A folder of other people to score (never to choose on); none: people are held out of `train`.
         pairs: An LFW-style list of pairs among the test images, scored beside the test people's own pairs.
         missing_pairs: `error`, or `skip` to count and leave out listed pairs whose images are not there.
+        filter: A CSV of images of `train` to drop or relabel (`metricface-data noise` proposes one). It acts on people
+            that are trained and chosen on, never on test people, so that figures with and without it compare.
         height: Of the images the network sees, in pixels.
         width: Likewise.
         channels: Likewise; grey has one.
@@ -56,6 +58,7 @@ class Data:
     test: str | None = None
     pairs: str | None = None
     missing_pairs: Literal["error", "skip"] = "error"
+    filter: str | None = None
     height: int = 56
     width: int = 56
     channels: Literal["rgb", "grey"] = "rgb"
@@ -79,10 +82,13 @@ class Model:
         name: `small` or `sphereface20`.
         embedding_dim: Numbers in an embedding.
         options: Keyword arguments of the network's class.
+        start: The folder of an exported embedder of the same network, whose weights the trunk starts from; none: they
+            are drawn. The report says so where it was trained on another division of people than this run's.
     """
 
     name: str = "small"
     embedding_dim: int = 128
+    start: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,12 +126,36 @@ class Schedule:
 
 
 @dataclass
+class LookAlikes:
+    """Who looks like whom, for a stage whose sampler is a LookAlikeBatchSampler (which says how many in a batch do).
+
+    Args:
+        source: `centroids`: nearest are the mean embeddings of the training people; `images`: their closest pairs of
+            images; `head`: the class vectors of the stage's own head or, where it has none, of the last kept stage that
+            had one, which costs no pass over the images (where there are none: `centroids`).
+        neighbours: People in a row of the table, from which those in a batch are drawn.
+        max_cos: People closer than this cosine are taken for one person under two names, and kept apart.
+        every_steps: Steps between two renewals of the table, computed in the background; none: it stays the first.
+        every_epochs: Likewise, in epochs of the stage.
+        delay: Steps from a renewal's weights to the step where its table is in force; training waits if it is late.
+    """
+
+    source: Literal["centroids", "images", "head"] = "centroids"
+    neighbours: int = 20
+    max_cos: float | None = None
+    every_steps: int | None = None
+    every_epochs: float | None = None
+    delay: int = 32
+
+
+@dataclass
 class Stage:
     """One stretch of training: batches from one sampler, one objective, one learning-rate schedule.
 
     Args:
         name: By which reports, curves and command-line settings call it.
         sampler: What a batch is made of.
+        look_alikes: Who looks like whom, for a LookAlikeBatchSampler; none: its defaults.
         head: Classification, dropped when the stage ends; give either this or a loss.
         loss: A pair or triplet loss.
         miner: What picks the loss's triplets; none: every pair or triplet of the batch.
@@ -151,6 +181,7 @@ class Stage:
     head: Component | None = None
     loss: Component | None = None
     miner: Component | None = None
+    look_alikes: LookAlikes | None = None
     plus: list[Term] = field(default_factory=list)
     schedules: dict[str, Schedule] = field(default_factory=dict)
     class_means: bool = False
@@ -266,6 +297,7 @@ def _check_stage(stage: Stage, *, timed: bool) -> None:
     where = f"Stage {stage.name!r}"
     _check_part(where, stage)
     _check_terms(where, stage)
+    _check_look_alikes(where, stage)
     _check_schedules(where, stage)
     if timed and (stage.epochs is not None or stage.steps is not None):
         raise ValueError(
@@ -309,6 +341,25 @@ def _check_terms(where: str, stage: Stage) -> None:
         raise ValueError(
             f"{where} has class_means=True, but no head and no centres that could start from them. Leave it out."
         )
+
+
+def _check_look_alikes(where: str, stage: Stage) -> None:
+    asked = stage.look_alikes
+    if asked is None:
+        return
+    if stage.sampler.name != "LookAlikeBatchSampler":
+        raise ValueError(
+            f"{where} has look_alikes, but its sampler is {stage.sampler.name}. Make it a LookAlikeBatchSampler, or "
+            "leave look_alikes out."
+        )
+    if asked.every_steps is not None and asked.every_epochs is not None:
+        raise ValueError(f"{where}: look_alikes are renewed by every_steps or by every_epochs; give one of them.")
+    for name in ("neighbours", "every_steps", "every_epochs", "delay"):
+        value = getattr(asked, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{where}: look_alikes.{name}={value} must be above 0.")
+    if asked.max_cos is not None and not -1.0 <= asked.max_cos <= 1.0:
+        raise ValueError(f"{where}: look_alikes.max_cos={asked.max_cos} is a cosine; it must lie in [-1, 1].")
 
 
 def _check_schedules(where: str, stage: Stage) -> None:

@@ -17,6 +17,7 @@ from metricface.heads.base import Head
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
 from metricface.training import assemble
 from metricface.training.held_out import embed
+from metricface.training.look_alikes import ClassWeights, LookAlikeTables, NoTableError
 from metricface.training.objective import SumObjective
 from metricface.training.people import People
 from metricface.training.recipe import Recipe, Stage, budget_seconds
@@ -40,6 +41,7 @@ class StageRun:
     clock: Clock
     augmenting: torch.Generator
     precision: torch.dtype
+    look_alikes: LookAlikeTables | None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -65,7 +67,7 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
     stage = recipe.stages[index]
     seed = recipe.seed + 1000 * index
     sampler = assemble.sampler(stage, people.training, seed)
-    objective = assemble.objective(stage, recipe, len(people.training.identities)).to(device)
+    objective = assemble.objective(stage, recipe, len(people.training.identities), sampler).to(device)
     return StageRun(
         stage=stage,
         objective=objective,
@@ -74,6 +76,7 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
         clock=_clock(stage, recipe, len(sampler)),
         augmenting=torch.Generator(device).manual_seed(seed),
         precision=assemble.precision(recipe.precision, device),
+        look_alikes=assemble.look_alikes(stage, sampler, people.training, recipe.data.workers, device),
     )
 
 
@@ -91,6 +94,26 @@ def start_from_class_means(run: StageRun, people: People, model: nn.Module, devi
             part.centers_from(embeddings.to(device), labels)
 
 
+def find_look_alikes(run: StageRun, model: nn.Module, weights: ClassWeights | None) -> None:
+    """Compute the table of look-alikes a stage begins with, if it needs one; its time counts as training.
+
+    weights: of the last stage that had a head.
+    """
+    if run.look_alikes is not None:
+        run.clock.start()
+        try:
+            run.look_alikes.first(model, class_weights(run) or weights)
+        except NoTableError as error:
+            raise _diverged(run, f"look-alikes cannot be found ({error})") from error
+        run.clock.pause()
+
+
+def class_weights(run: StageRun) -> ClassWeights | None:
+    """The class vectors of the stage's head, or of the first of its heads."""
+    heads = [part for part in run.objective.modules() if isinstance(part, Head)]
+    return ClassWeights(heads[0].weight.detach(), heads[0].vectors_per_class) if heads else None
+
+
 def train(
     run: StageRun,
     recipe: Recipe,
@@ -101,9 +124,11 @@ def train(
     stopped: Callable[[], bool],
     report: Report,
     save: Callable[[], None],
+    class_vectors: ClassWeights | None = None,
 ) -> None:
     """Take steps until the stage is over or `stopped()`; call `report` and `save` as often as the recipe says.
 
+    class_vectors: of an earlier stage's head, for look-alikes that are found by them.
     Raises TrainingDivergedError when the loss is not finite, before anything of it can reach a checkpoint.
     """
     stage, clock = run.stage, run.clock
@@ -113,15 +138,18 @@ def train(
         freeze_batch_norm(model)
     saved_at, bar = clock.elapsed, _bar(run)
     batches = _endless(loader)
+    tables = run.look_alikes
     clock.start()
     while clock.progress < 1.0 and not stopped():
-        batch = next(batches)  # not before the test above: a batch that was pulled counts as trained on
+        batch = _next(batches, run)  # not before the test above: a batch that was pulled counts as trained on
         rate = _set_learning_rate(run)
         numbers = run.objective.follow(clock.progress)
         loss, embeddings, labels = _step(run, recipe, people, model, batch, device)
         clock.steps += 1
         clock.images += len(labels)
         _advance(bar, clock)
+        if tables is not None:
+            tables.after(clock.steps, model, lambda: class_weights(run) or class_vectors)
         if clock.steps % recipe.log_every == 0 or clock.steps == 1:
             value = _finite(loss, run)
             scalars = _scalars(run, embeddings, labels)
@@ -129,14 +157,26 @@ def train(
             report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
             bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
         if clock.elapsed - saved_at >= recipe.checkpoint_every:
+            if tables is not None:
+                tables.wait()
             clock.pause()
             _check_weights(run, model)
             save()
             saved_at = clock.elapsed
             clock.start()
+    if tables is not None:
+        tables.wait()  # the checkpoint that follows holds it
+        tables.close()
     clock.pause()
     bar.close()
     _check_weights(run, model)
+
+
+def _next(batches: Iterator[ImageBatch], run: StageRun) -> ImageBatch:
+    try:
+        return next(batches)
+    except NoTableError as error:
+        raise _diverged(run, f"look-alikes cannot be found ({error})") from error
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -172,6 +212,8 @@ def _scalars(run: StageRun, embeddings: Tensor, labels: Tensor) -> dict[str, flo
     found = run.objective.statistics(embeddings, labels)
     found |= {f"embedding/{name}": value for name, value in embedding_statistics(embeddings.detach()).items()}
     values = {name: float(value) for name, value in found.items()}
+    if run.look_alikes is not None:
+        values |= run.look_alikes.scalars(run.clock.steps)
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from metricface.cli.arguments import Command, parse
 from metricface.training.loop import CHECKPOINT, RECIPE
-from metricface.training.recipe import Component, Recipe, Schedule, Stage, Term, as_dict
+from metricface.training.recipe import Component, LookAlikes, Recipe, Schedule, Stage, Term, as_dict
 
 
 @pytest.fixture(autouse=True)
@@ -286,3 +286,27 @@ def test_settings_of_terms_and_schedules_that_cannot_be_say_where_and_what_can(
     with pytest.raises(SystemExit):
         parsed_sum(*argv)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_look_alikes_are_set_by_dotted_names_and_shown() -> None:
+    command = parse(
+        [
+            "--stages.triplet.sampler=LookAlikeBatchSampler",
+            "--stages.triplet.sampler.options={identities_per_batch: 32, images_per_identity: 4}",
+            "--stages.triplet.sampler.options.look_alike_share=0.25",
+            "--stages.triplet.look_alikes.every_steps=100",
+            "--stages.triplet.look_alikes.source=images",
+            "--output=never_made",
+        ]
+    )
+    stage = command.recipe.stages[1]
+    assert stage.sampler.name == "LookAlikeBatchSampler"
+    assert stage.sampler.options["look_alike_share"] == 0.25
+    assert stage.look_alikes == LookAlikes(source="images", every_steps=100)
+    assert command.recipe.stages[0].look_alikes is None
+
+
+def test_a_misspelt_setting_of_look_alikes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--stages.triplet.look_alikes.evry_steps=100", "--output=never_made"])
+    assert "evry_steps" in capsys.readouterr().err

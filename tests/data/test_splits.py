@@ -68,7 +68,7 @@ def test_what_cannot_be_split_says_why() -> None:
 
 
 def test_a_pattern_that_does_not_fit_says_which_name_it_misses() -> None:
-    with pytest.raises(ValueError, match="captures nothing in 1 of 3 identity names, for instance 'lonely'"):
+    with pytest.raises(ValueError, match="captures nothing in 1 of 3 names, for instance 'lonely'"):
         split_identities(["A__1", "lonely", "B__1"], 0.5, group=ALPHABET)
     with pytest.raises(ValueError, match="exactly one capturing group"):
         split_identities(["a", "b"], 0.5, group="^.+__")

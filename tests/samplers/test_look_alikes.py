@@ -278,10 +278,19 @@ def test_a_table_for_batches_that_are_planned_already_is_refused() -> None:
     with pytest.raises(ValueError, match=f"at batch 10: batches up to {PLANNED_AHEAD - 1} are planned"):
         sampler.refresh(striding(2), at=10)
     sampler.refresh(striding(2), at=PLANNED_AHEAD)
-    with pytest.raises(ValueError, match=f"a table from batch {PLANNED_AHEAD} on"):
+    sampler.refresh(striding(3), at=PLANNED_AHEAD + 1)
+    with pytest.raises(ValueError, match=f"a table from batch {PLANNED_AHEAD + 1} on"):
         sampler.refresh(striding(2), at=PLANNED_AHEAD)
-    with pytest.raises(ValueError, match="at must be at least 1"):
-        sampler.refresh(striding(2), at=0)
+    with pytest.raises(ValueError, match="at must be at least 0"):
+        sampler.refresh(striding(2), at=-1)
+
+
+def test_a_table_for_the_same_batch_replaces_the_one_before_it() -> None:
+    sampler, labels = make()
+    sampler.refresh(striding(4), at=0)
+    sampler.refresh(striding(6), at=50)
+    sampler.refresh(striding(7), at=50)
+    assert strides(sampler, labels) == [4] * 50 + [7] * 150
 
 
 @pytest.mark.parametrize(

@@ -296,3 +296,37 @@ def test_people_with_one_image_become_negatives_of_balanced_batches_and_are_said
     singles = min(3, int((run.people.training.counts() == 1).sum()))
     assert singles > 0
     assert any(f"3 identities x 3 images + {singles} people with one image, as negatives" in line for line in said)
+
+
+def test_a_run_starts_from_an_exported_embedder_of_the_same_people(recipe: Recipe, tmp_path: Path) -> None:
+    second = recipe.stages.pop()
+    first = train(recipe, tmp_path / "first", say=quiet)
+    recipe.stages = [second]
+    recipe.model.start = str(tmp_path / "first" / "model")
+    said: list[str] = []
+    run = train(recipe, tmp_path / "second", say=said.append)
+    ends, begins = first.history[-1], run.history[0]
+    assert begins.when == "start"
+    assert begins.test["auc"] == pytest.approx(ends.test["auc"] if ends.kept else first.history[0].test["auc"])
+    assert run.notes == []
+    recipe.seed = 1  # other people are held out
+    train(recipe, tmp_path / "third", say=said.append)
+    report = json.loads((tmp_path / "third" / "report.json").read_text())
+    assert "some that are scored here may have been trained on there" in report["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"embedding_dim": 64}, "is another network: .*128.*the recipe asks for .*64"), ({"start": "nowhere"}, "nowhere")],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    change: dict[str, Any], words: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe.stages = recipe.stages[:1]
+    recipe.stages[0].steps = 1
+    train(recipe, tmp_path / "first", say=quiet)
+    recipe.model.start = str(tmp_path / "first" / "model")
+    for name, value in change.items():
+        setattr(recipe.model, name, value)
+    with pytest.raises((ValueError, OSError), match=words):
+        train(recipe, tmp_path / "second", say=quiet)

@@ -1,0 +1,1 @@
+"""Wrong labels and repeated images of a data set: found by embeddings, shown to a person, filtered for training."""

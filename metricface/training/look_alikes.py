@@ -1,0 +1,131 @@
+"""Tables of look-alikes while training goes on: the first one, and those that are renewed in the background.
+
+A renewed table is of the weights as they were at a step that is a multiple of the recipe's `every`, and is in force
+from `delay` steps later on, however long it took: training waits for it where it is late. So a run does not depend on
+how fast its machine was.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from metricface.data.images import ImageSet
+from metricface.miners.dataset.identities import (
+    IdentityNeighbours,
+    centroids,
+    neighbours_from_centroids,
+    neighbours_from_images,
+)
+from metricface.training.held_out import embed
+from metricface.training.recipe import LookAlikes
+from samplers import LookAlikeBatchSampler
+
+Table = NDArray[np.int64]
+
+
+class NoTableError(RuntimeError):
+    """A table of look-alikes could not be computed."""
+
+
+class ClassWeights(NamedTuple):
+    """(C * vectors, D) rows of a head, `vectors` for each class."""
+
+    rows: Tensor
+    vectors: int
+
+
+class LookAlikeTables:
+    """Makes the tables of one stage's sampler and puts them in force.
+
+    every: steps between two renewals, None for none. images: the training people.
+    """
+
+    def __init__(
+        self,
+        options: LookAlikes,
+        sampler: LookAlikeBatchSampler,
+        images: ImageSet,
+        device: torch.device,
+    ) -> None:
+        self.options, self.sampler, self.images, self.device = options, sampler, images, device
+        self.every = options.every_steps
+        if options.every_epochs is not None:
+            self.every = round(options.every_epochs * len(sampler))
+        if self.every is not None and self.every <= options.delay:
+            raise ValueError(
+                f"look_alikes: a table is renewed every {self.every} steps, but only in force {options.delay} steps "
+                "later. Raise every_steps or every_epochs, or lower delay."
+            )
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="look-alikes")
+        self._coming: Future[Table] | None = None
+        self._found: dict[str, float] = {}
+
+    def first(self, model: nn.Module, weights: ClassWeights | None) -> None:
+        """Compute the table that the stage begins with, before its first batch is planned."""
+        self.sampler.refresh(self._table(self._source(model, weights)), at=0)
+
+    def after(self, step: int, model: nn.Module, weights: Callable[[], ClassWeights | None]) -> None:
+        """Where a renewal is due after `step` steps, take a copy of the weights and begin."""
+        if self.every is None or step % self.every:
+            return
+        self.wait()
+        source = self._source(copy.deepcopy(model), weights())
+        self._coming = self._background.submit(self._table, source)
+        self.sampler.refresh(self._coming, at=step + self.options.delay)
+
+    def wait(self) -> None:
+        """Until the table under way, if any, is there: a checkpoint holds it. Its failure shows where it is needed."""
+        if self._coming is not None:
+            self._coming.exception()
+            self._coming = None
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """Steps since the weights that the table in force is of, look-alikes that were missing, and about its making.
+
+        missing_share: of the look-alikes planned so far, how many were strangers because a row had too few. twins:
+        pairs of identities left out as too close; without: identities that look like nobody; seconds: it took.
+        """
+        since = self.sampler.table_from()
+        found = {"age": float(step - max(since - self.options.delay, 0)), **self._found}
+        if self.sampler.planned_look_alikes:
+            found["missing_share"] = self.sampler.missing_look_alikes / self.sampler.planned_look_alikes
+        return {f"look_alikes/{name}": value for name, value in found.items()}
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._background.shutdown(wait=False, cancel_futures=True)
+
+    def _source(self, model: nn.Module, weights: ClassWeights | None) -> nn.Module | ClassWeights:
+        """What the table is computed from: class weights where the recipe says so and there are any, or the network."""
+        if self.options.source != "head" or weights is None:
+            return model
+        return ClassWeights(weights.rows.detach().to("cpu", torch.float32, copy=True), weights.vectors)
+
+    def _table(self, source: nn.Module | ClassWeights) -> Table:
+        since = time.perf_counter()
+        try:
+            found = self._neighbours(source)
+        except (ValueError, RuntimeError) as error:
+            raise NoTableError(str(error)) from error
+        self._found = {
+            "seconds": time.perf_counter() - since,
+            "twins": float(len(found.twins.first)),
+            "without": float(len(found.without)),
+        }
+        return found.rows
+
+    def _neighbours(self, source: nn.Module | ClassWeights) -> IdentityNeighbours:
+        k, max_cos = self.options.neighbours, self.options.max_cos
+        if isinstance(source, ClassWeights):
+            return neighbours_from_centroids(source.rows, k, max_cos=max_cos, vectors_per_class=source.vectors)
+        embeddings = embed(source, self.images, self.device)
+        if self.options.source == "images":
+            return neighbours_from_images(embeddings, self.images.labels, k, max_cos=max_cos)
+        return neighbours_from_centroids(centroids(embeddings, self.images.labels), k, max_cos=max_cos)
