@@ -1,3 +1,4 @@
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,17 @@ def test_a_crowd_of_own_images_does_not_hide_the_negatives_and_blocks_change_not
     check_negatives(hard_negatives(rows, labels, 4, ranks=(1, 20), absolute_margin=0.1), rows, expected, 4)
     monkeypatch.setattr("metricface.miners.dataset.other_identities.NEIGHBOURS_PER_BLOCK", 100)
     check_negatives(hard_negatives(rows, labels, 4, ranks=(1, 20), absolute_margin=0.1), rows, expected, 4)
+
+
+def test_no_table_of_all_pairs_is_held() -> None:
+    rows, labels = faces(1500, 4, 8)
+    index = EmbeddingIndex(rows)
+    tracemalloc.start()
+    hard_negatives(rows, labels, 3, absolute_margin=0.1, index=index)
+    hardest_positives(rows, labels)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * len(rows) ** 2 / 2  # of 144 MB; found: 18
 
 
 def test_one_identity_has_no_negatives() -> None:

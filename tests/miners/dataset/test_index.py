@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,11 @@ def test_the_least_effort_that_is_enough_is_chosen(monkeypatch: pytest.MonkeyPat
     for place, wanted in enumerate(efforts):
         monkeypatch.setattr(index, "_measured", lambda *given, wanted=wanted: (given[-1] / 1000, given[-1] >= wanted))
         assert index._calibrated(10) == (efforts[place], efforts[place] / 1000)
+
+
+def test_faiss_is_not_imported_before_it_is_needed() -> None:
+    code = "import sys, metricface.miners.dataset; sys.exit('faiss' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_without_faiss_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
