@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Sampler
 
 from samplers.consumed import Consumed
@@ -134,8 +135,8 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         """The plan with whatever is costly to work out; asked for only where a state is made or loaded."""
         return dict(self._plan)
 
-    def _spans(self, first: int, images_per_batch: int) -> Iterator[range]:
-        """The batches from `first` on, cut into spans that are worth planning at once."""
+    def _spans(self, epoch: int, first: int, images_per_batch: int) -> Iterator[range]:
+        """The batches of an epoch from `first` on, cut into spans that are worth planning at once."""
         at_once = max(1, _PLANNED_AT_ONCE * self.world_size // images_per_batch)
         for start in range(first, len(self), at_once):
             yield range(start, min(start + at_once, len(self)))
@@ -181,4 +182,20 @@ def whole_number(name: str, value: int, *, least: int | None = None) -> int:
         raise TypeError(f"{name} must be a whole number, found {value!r}.") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, found {number}.")
+    return number
+
+
+def share(name: str, value: float, of: int, *, whole: bool) -> int:
+    """How many of `of` things a share is, rounded.
+
+    Raises TypeError for what is no number, ValueError outside [0, 1] (or 1 itself where not `whole`), and for a share
+    that rounds to none though it is above 0, or to all though it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} must be a number, found {value!r}.")
+    if not 0.0 <= value <= 1.0 or (value == 1.0 and not whole):
+        raise ValueError(f"{name}={value} is a share of a batch; it must lie in [0, 1{']' if whole else ')'}.")
+    number = round(float(value) * of)
+    if (value > 0 and number == 0) or (whole and value < 1 and number == of):
+        raise ValueError(f"{name}={value} of {of} rounds to {number}. Choose another share, or a larger batch.")
     return number

@@ -60,18 +60,21 @@ class IdentityTable:
         return whole.hexdigest()
 
 
-def group_by_identity(labels: Sequence[int] | Sequence[str] | NDArray[Any] | torch.Tensor) -> IdentityTable:
+def group_by_identity(
+    labels: Sequence[int] | Sequence[str] | NDArray[Any] | torch.Tensor, *, name: str = "labels"
+) -> IdentityTable:
     """Group image indices 0..N-1 by their label.
 
     labels: (N,) whole numbers of any width and sign, or strings; list, NumPy array (memory-mapped too), pandas column
         or tensor. They are compared as they are and never pass through floating point.
+    name: what errors call them.
     Returns the IdentityTable. Raises ValueError for no labels, another number of dimensions, and labels that are
     neither whole numbers nor strings (floats, booleans, missing values, a mixture).
     """
-    array = _one_dimensional(labels)
+    array = _one_dimensional(labels, name)
     if array.dtype.kind in "iu":
         return _group(array, names=None)
-    names, codes = _factorised(array)
+    names, codes = _factorised(array, name)
     return _group(codes, names)
 
 
@@ -88,18 +91,18 @@ def _group(labels: NDArray[Any], names: NDArray[Any] | None) -> IdentityTable:
     return IdentityTable(identities if names is None else names[identities], offsets, order, np.diff(offsets))
 
 
-def _one_dimensional(labels: Any) -> NDArray[Any]:
+def _one_dimensional(labels: Any, name: str) -> NDArray[Any]:
     if isinstance(labels, torch.Tensor):
         if labels.numel() and (labels.is_floating_point() or labels.is_complex()):
-            raise _wrong_type(f"a tensor of {labels.dtype}")  # here, since NumPy has no bfloat16
+            raise _wrong_type(name, f"a tensor of {labels.dtype}")  # here, since NumPy has no bfloat16
         labels = labels.detach().cpu().numpy()
     array = labels if isinstance(labels, np.ndarray) else _from_sequence(labels)
     if array.ndim != 1:
-        raise ValueError(f"labels must have one dimension, one label an image; these have shape {array.shape}.")
+        raise ValueError(f"{name} must have one dimension, one for each image; these have shape {array.shape}.")
     if len(array) == 0:
-        raise ValueError("labels are empty: there is no image to sample. Pass one label for each image.")
+        raise ValueError(f"{name} are empty: there is no image to sample. Pass one for each image.")
     if array.dtype.kind not in "iuUSTO":
-        raise _wrong_type(f"an array of {array.dtype}")
+        raise _wrong_type(name, f"an array of {array.dtype}")
     return array
 
 
@@ -115,7 +118,7 @@ def _from_sequence(labels: Any) -> NDArray[Any]:
     return objects
 
 
-def _factorised(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def _factorised(array: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Sorted distinct names and, for each image, which of them it has."""
     if array.dtype.kind in "US":
         names, codes = np.unique(array, return_inverse=True)
@@ -123,7 +126,7 @@ def _factorised(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     labels = array.tolist()
     whole = all(isinstance(label, numbers.Integral) and not isinstance(label, bool) for label in labels)
     if not (whole or any(all(isinstance(label, kind) for label in labels) for kind in (str, bytes))):
-        raise _wrong_type("objects of type " + ", ".join(sorted({type(label).__name__ for label in labels})))
+        raise _wrong_type(name, "objects of type " + ", ".join(sorted({type(label).__name__ for label in labels})))
     distinct = sorted(set(labels))
     rows = {label: row for row, label in enumerate(distinct)}
     names = np.empty(len(distinct), dtype=object)
@@ -131,8 +134,8 @@ def _factorised(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     return names, np.fromiter((rows[label] for label in labels), dtype=np.int64, count=len(labels))
 
 
-def _wrong_type(found: str) -> ValueError:
+def _wrong_type(name: str, found: str) -> ValueError:
     return ValueError(
-        f"labels must be whole numbers or strings, found {found}. Floats merge identities above 2**24 and are never "
+        f"{name} must be whole numbers or strings, found {found}. Floats merge identities above 2**24 and are never "
         "accepted: convert with .long(), .astype(np.int64) or .astype(str)."
     )

@@ -34,10 +34,10 @@ class IdentityBalancedBatchSampler(IdentityBatchSampler):
     singletons_per_batch: N. Above 0 identities with a single image have no visits; N of them, distinct, end every
         batch as negatives, and all of them get their turn over the epochs, K and min_images do not matter to them.
     identity_weights: "uniform" is one visit an epoch for each; "count" is ceil(n / K) visits, so that an epoch shows
-        each image at least once, and "sqrt" ceil(sqrt(n / K)). Nobody is twice in a batch, so nobody has more visits
-        than an epoch has batches: how far this keeps the long tail from its share, `asked_shares` and
-        `realised_shares` say, and a warning how many it holds back. An epoch then is as many batches as its visits
-        need, and planning one costs a pass over the identities.
+        each image at least once (not with `groups`: crossing them comes first), and "sqrt" ceil(sqrt(n / K)). Nobody
+        is twice in a batch, so nobody has more visits than an epoch has batches: how far this keeps the long tail from
+        its share, `asked_shares` and `realised_shares` say, and a warning how many it holds back. An epoch then is as
+        many batches as its visits need, and planning one costs a pass over the identities.
     groups: (N,) a camera, session, age band, ... of each image: the K images of a visit then come from as many
         different ones as possible, so that positives cross groups. `CrossGroupRotation` says in which turns. A warning
         says how many identities have all their images in one group.

@@ -176,7 +176,7 @@ class IdentityBatchSampler(EpochBatchSampler):
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         size = self.identities_per_batch * self.images_per_identity + self.singletons_per_batch
         plan = self._epoch_plan(epoch)
-        for span in self._spans(first, size):
+        for span in self._spans(epoch, first, size):
             batches = np.arange(span.start, span.stop)
             who, turns, ahead = plan(batches)  # each (batches, identities of this rank)
             images = self._rotation.images(self._usable[who.ravel()], turns.ravel(), ahead.ravel())

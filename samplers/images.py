@@ -35,7 +35,7 @@ class ImageBatchSampler(EpochBatchSampler):
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         key = key_of("images", self.seed, epoch)
-        for span in self._spans(first, self.batch_size):
+        for span in self._spans(epoch, first, self.batch_size):
             cuts = [self._share(batch) for batch in span]
             places = np.concatenate([np.arange(begin, end) for begin, end in cuts])
             indices = shuffled(places, self.num_images, key).tolist()

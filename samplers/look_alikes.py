@@ -1,14 +1,14 @@
 """Batches in which identities meet those they are confused with."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from samplers.epochs import whole_number
+from samplers.epochs import share, whole_number
 from samplers.identity_batches import IdentityBatchSampler, Labels, Plan, SmallIdentities
 from samplers.shuffles import key_of, keys_for, shuffled
 from samplers.visits import EvenVisits, Planned
@@ -27,7 +27,7 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
     epoch: each usable identity has one, in shuffled order, so everybody is seen, and len() is
     ceil(usable identities / R). ceil(L / (neighbourhood - 1)) of these R are centres: each is followed by up to
     neighbourhood - 1 look-alikes drawn from its row of the table. The rest are strangers, and stand between the
-    neighbourhoods, so that each rank's slice of a batch has both. A batch of look-alikes alone is not offered: with
+    neighbourhoods. A batch of look-alikes alone is not offered: with
     hard negatives only, training tends to collapse.
 
     Where a row has too few (usable, not in the batch already), strangers take the places that are left:
@@ -68,9 +68,7 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
     ) -> None:
         identities_per_batch = whole_number("identities_per_batch", identities_per_batch, least=1)
         self.neighbourhood = whole_number("neighbourhood", neighbourhood, least=2)
-        if not 0.0 <= look_alike_share < 1.0:
-            raise ValueError(f"look_alike_share={look_alike_share} is a share of a batch; it must lie in [0, 1).")
-        self.look_alikes_per_batch = round(look_alike_share * identities_per_batch)
+        self.look_alikes_per_batch = share("look_alike_share", look_alike_share, identities_per_batch, whole=False)
         self._layout = _Layout(identities_per_batch, self.look_alikes_per_batch, self.neighbourhood)
         super().__init__(
             labels,
@@ -98,8 +96,8 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
         at: counted from the first batch of epoch 0: epoch * len(sampler) + position. It must lie beyond what is
             planned already: PLANNED_AHEAD batches, and whatever a loader has fetched ahead of training.
         neighbours: a table as the constructor takes it, or a Future of one that is still being computed. Whoever pulls
-            a batch that needs it waits, so that a run does not depend on how fast it was; an exception of the
-            Future is raised there.
+            a batch that needs it waits, so that a run does not depend on how fast it was. A Future that failed raises
+            there, at each try; until then it is no part of a state, and another table for the same batch replaces it.
         A table for the same batch as the last one replaces it. Raises ValueError for a batch that is planned already or
         before the last table's; and as the constructor.
         """
@@ -123,28 +121,43 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """As EpochBatchSampler, and "neighbours": [{"at", "table"}]; waits for tables that are being computed."""
-        tables = [{"at": at, "table": torch.from_numpy(self._rows(at))} for at, _ in self._needed()]
+        tables = [{"at": at, "table": torch.from_numpy(self._rows(at))} for at in self._computed()]
         return {**super().state_dict(), "neighbours": tables}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As EpochBatchSampler; the tables in `state` replace the constructor's."""
         if isinstance(state, Mapping) and "neighbours" not in state:
             raise ValueError("This state has no tables of neighbours: it is not one of LookAlikeBatchSampler.")
+        try:
+            tables = [(whole_number("at", kept["at"], least=0), kept["table"]) for kept in state["neighbours"]]
+        except (TypeError, KeyError, IndexError):
+            tables = []
+        if not tables or [at for at, _ in tables] != sorted({at for at, _ in tables}):
+            raise ValueError(
+                'This is not a state as state_dict() returns it: "neighbours" should list tables as {"at", "table"}, '
+                "at rising."
+            )
+        checked: list[tuple[int, Neighbours | Future[ArrayLike]]] = [(at, self._checked(table)) for at, table in tables]
         super().load_state_dict(state)
-        self._tables = [(int(kept["at"]), self._checked(kept["table"])) for kept in state["neighbours"]]
-        self._planned = 0
+        self._tables = checked
+        self._planned = self.epoch * len(self) + self.position
 
     def __getstate__(self) -> dict[str, Any]:
-        resolved = [(at, self._table(at)) for at, _ in self._tables]  # a Future cannot be copied
+        resolved = [(at, self._table(at)) for at in self._computed()]  # a Future cannot be copied
         return {**super().__getstate__(), "_tables": resolved}
 
     def _length(self) -> int:
         self._visits = EvenVisits(self.usable_identities, self._layout.mains, self.seed)
         return self._visits.num_batches
 
-    def _spans(self, first: int, images_per_batch: int) -> Iterator[range]:
-        for start in range(first, len(self), PLANNED_AHEAD):
-            yield range(start, min(start + PLANNED_AHEAD, len(self)))
+    def _spans(self, epoch: int, first: int, images_per_batch: int) -> Iterator[range]:
+        start = first
+        while start < len(self):
+            # No further than the next table, which may still be computed when the batches before it are wanted.
+            coming = [at - epoch * len(self) for at, _ in self._tables]
+            stop = min([start + PLANNED_AHEAD, len(self), *(at for at in coming if at > start)])
+            yield range(start, stop)
+            start = stop
 
     def _epoch_plan(self, epoch: int) -> Plan:
         planned, slots, mains = self._visits.epoch(epoch), self._slots(), np.arange(self._layout.mains)
@@ -152,9 +165,9 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
         def plan(batches: NDArray[np.int64]) -> Planned:
             visits = planned.at(batches, mains)
             numbers = epoch * len(self) + batches  # since the first batch of epoch 0
-            self._planned = max(self._planned, int(numbers[-1]) + 1)
             # Everybody's whole batch: which look-alikes there are depends on who else is in it.
             who = self._completed(visits.who, numbers)
+            self._planned = max(self._planned, int(numbers[-1]) + 1)
             keys = keys_for(key_of("look-alike images", self.seed), numbers)[:, None]
             slot = np.arange(self.identities_per_batch)
             turns = (keys_for(keys, slot) >> np.uint64(33)).astype(np.int64)  # (batches, P), random
@@ -219,6 +232,10 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
         since = self._at(self.epoch * len(self))
         return [(at, table) for at, table in self._tables if at >= since]
 
+    def _computed(self) -> list[int]:
+        """From which batches on there are tables that are needed and could be computed; waits for those under way."""
+        return [at for at, table in self._needed() if not isinstance(table, Future) or _came(table)]
+
     def _table(self, at: int) -> Neighbours:
         """The table in force from `at` on, waited for."""
         place = next(place for place, (begin, _) in enumerate(self._tables) if begin == at)
@@ -236,8 +253,15 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
 
     def _checked(self, neighbours: ArrayLike) -> Neighbours:
         """Rows of usable identities only, which name usable identities by their numbers."""
-        rows = np.asarray(neighbours)
         identities = self.table.num_identities
+        if isinstance(neighbours, torch.Tensor):
+            neighbours = neighbours.detach().cpu().numpy()
+        try:
+            rows = np.asarray(neighbours)
+        except ValueError:  # rows of different lengths, or a table with its cosines
+            rows = np.empty(0)
+        if hasattr(neighbours, "rows"):
+            raise ValueError("neighbours must be the table alone: pass the `rows` of what found it.")
         if rows.dtype.kind not in "iu" or rows.ndim != 2 or rows.shape[0] != identities or rows.shape[1] < 1:
             raise ValueError(
                 f"neighbours must be whole numbers of shape ({identities}, k): a row for each of the labels' "
@@ -251,6 +275,12 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
         rows = rows[self._usable]
         numbers: Neighbours = np.where(rows >= 0, self._number_of[rows], np.int32(-1))
         return numbers
+
+
+def _came(table: "Future[ArrayLike]") -> bool:
+    """Whether it was computed, waited for."""
+    wait([table])
+    return not table.cancelled() and table.exception() is None
 
 
 class _Layout:

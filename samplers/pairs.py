@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from samplers.epochs import EpochBatchSampler, whole_number
+from samplers.epochs import EpochBatchSampler, share, whole_number
 from samplers.groups import group_by_identity
 from samplers.identity_batches import Labels, check_share
 from samplers.rotation import Cells, Integers
@@ -40,7 +40,8 @@ class PairBatchSampler(EpochBatchSampler):
     single_image_identities: attribute, how many identities are in negative pairs only, having one image.
 
     Raises ValueError for labels that are no labels (see IdentityBalancedBatchSampler) or of one identity only (where
-    there are negative pairs), M < 1, a share outside [0, 1], more positive pairs in a batch than images that can begin
+    there are negative pairs), M < 1, a share outside [0, 1] or one that rounds to none or all of M though it is not 0
+    or 1, more positive pairs in a batch than images that can begin
     one, numbers of pairs not divisible by world_size, a rank out of range, or another number of groups than labels.
 
     Source: Sun et al. 2014, Deep Learning Face Representation by Joint Identification-Verification, section 2.
@@ -58,9 +59,7 @@ class PairBatchSampler(EpochBatchSampler):
         groups: Labels | None = None,
     ) -> None:
         self.pairs_per_batch = whole_number("pairs_per_batch", pairs_per_batch, least=1)
-        if not 0.0 <= positive_share <= 1.0:
-            raise ValueError(f"positive_share={positive_share} is a share of the pairs; it must lie in [0, 1].")
-        self.positive_pairs = round(positive_share * self.pairs_per_batch)
+        self.positive_pairs = share("positive_share", positive_share, self.pairs_per_batch, whole=True)
         self.negative_pairs = self.pairs_per_batch - self.positive_pairs
         self.seed = whole_number("seed", seed)
         self.table = group_by_identity(labels)
@@ -92,7 +91,7 @@ class PairBatchSampler(EpochBatchSampler):
     def indices_tuple(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(a1, p, a2, n): where in this rank's batches its positive pairs are, and its negative ones; int64."""
         pairs = torch.arange(2 * self.pairs_per_batch // self.world_size).view(-1, 2)
-        positive, negative = pairs[: (share := self.positive_pairs // self.world_size)], pairs[share:]
+        positive, negative = pairs[: (mine := self.positive_pairs // self.world_size)], pairs[mine:]
         return positive[:, 0], positive[:, 1], negative[:, 0], negative[:, 1]
 
     def _check_enough(self, firsts: int) -> None:
@@ -125,7 +124,7 @@ class PairBatchSampler(EpochBatchSampler):
         return {**self._plan, "labels": self.table.digest, **grouped}
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
-        for span in self._spans(first, 2 * self.pairs_per_batch):
+        for span in self._spans(epoch, first, 2 * self.pairs_per_batch):
             batches = np.arange(span.start, span.stop)
             pairs = np.concatenate((self._positives(epoch, batches), self._negatives(epoch, batches)), axis=1)
             yield from (row.tolist() for row in pairs.reshape(len(batches), -1))
@@ -166,12 +165,12 @@ class PairBatchSampler(EpochBatchSampler):
 
     def _negatives(self, epoch: int, batches: NDArray[np.int64]) -> Integers:
         """(batches, pairs of this rank, 2) image indices."""
-        share = self.negative_pairs // self.world_size
-        if not share:
+        number = self.negative_pairs // self.world_size
+        if not number:
             return np.empty((len(batches), 0, 2), dtype=self._images.dtype)
         total, numbers = self.table.num_images, epoch * len(self) + batches
         cycle, places = turn(numbers, np.full(len(batches), total), self.negative_pairs)
-        mine = slice(self.rank * share, (self.rank + 1) * share)
+        mine = slice(self.rank * number, (self.rank + 1) * number)
         first = shuffled(places[:, mine], total, keys_for(key_of("negative pairs", self.seed), cycle)[:, None])
         identity = np.searchsorted(self.table.offsets, first, side="right") - 1
         count = self.table.counts[identity]
@@ -184,6 +183,6 @@ class PairBatchSampler(EpochBatchSampler):
 
 def _of_rank(batches: NDArray[np.int64], per_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
     """(batches, per_batch / world_size) places of this rank in an order of which each batch takes per_batch."""
-    share = per_batch // world_size
-    places: NDArray[np.int64] = batches[:, None] * per_batch + rank * share + np.arange(share)
+    number = per_batch // world_size
+    places: NDArray[np.int64] = batches[:, None] * per_batch + rank * number + np.arange(number)
     return places

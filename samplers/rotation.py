@@ -42,10 +42,10 @@ class Rotation:
 class CrossGroupRotation:
     """As `Rotation`, but the K images of a visit come from as many groups (cameras, sessions, ages) as possible.
 
-    Of an identity with n images in m groups a visit takes min(K, m) groups, and from them images as evenly as the
-    groups' sizes allow; they are distinct where n >= K. Groups take turns, ceil(m / K) turns for all of them, and
+    Of an identity with images in m groups a visit takes min(K, m) groups, and from them images as evenly as the groups'
+    sizes allow; they are distinct where the identity has K. Groups take turns, ceil(m / K) turns for all of them, and
     within a group of s images these do: each comes at least once in ceil(m / K) * s turns in a row that begin at a
-    multiple of that number. A visit ahead of its turn takes a later one. A visit costs O(n log n).
+    multiple of that number. A visit ahead of its turn takes a later one. A visit costs O(K * K).
 
     groups: (N,) the group of each image, whole numbers or strings.
     single_group: attribute, (C,) whether all images of an identity, two at least, are in one group: its positives
@@ -69,27 +69,23 @@ class CrossGroupRotation:
         """Image indices (V, K); see `Rotation.images`."""
         cells, k = self.cells, self._per_visit
         first = cells.of_identity[identity]
-        groups = cells.of_identity[identity + 1] - first  # (V,) m
-        visit, number = _ragged(groups)  # (all cells of all visits,): whose they are, and 0..m-1
-        cell, m = first[visit] + number, groups[visit]
+        m = cells.of_identity[identity + 1] - first  # (V,) groups
         draw = np.minimum(k, m)
-        cycle, step = np.divmod((turns + ahead)[visit], -(-m // draw))
-        keys = keys_for(keys_for(self._keys[0], identity[visit]), cycle)
-        group_rank = (shuffled(number, m, keys) - step * draw) % m
-
-        sizes = cells.offsets[cell + 1] - cells.offsets[cell]
-        owner, place = _ragged(sizes)  # (all images of all visits,): their cell, and 0..s-1
-        s = sizes[owner]
-        keys = keys_for(keys_for(self._keys[1], cell[owner]), cycle[owner] // s)
-        rank = (shuffled(place, s, keys) - cycle[owner]) % s
-        images = cells.images[cells.offsets[cell[owner]] + place]
-
-        # First one image of each group, then a second of each that has one, and so on.
-        order = np.lexsort((group_rank[owner], rank, visit[owner]))
-        counts = cells.offsets[cells.of_identity[identity + 1]] - cells.offsets[first]  # (V,) n
-        start = np.cumsum(counts) - counts
-        taken = np.arange(k) % counts[:, None]
-        chosen: Integers = images[order[start[:, None] + taken]]
+        cycle, step = np.divmod(turns + ahead, -(-m // draw))
+        slot = np.arange(k)
+        keys = keys_for(keys_for(self._keys[0], identity), cycle)[:, None]
+        cell = first[:, None] + shuffled((slot + (step * draw)[:, None]) % m[:, None], m[:, None], keys)  # (V, K)
+        s = (cells.offsets[cell + 1] - cells.offsets[cell])[:, None, :]  # (V, 1, K)
+        cycles = np.broadcast_to(cycle[:, None, None], s.shape)
+        # The rank-th image of each of these cells: (V, ranks, cells), so that each cell comes once before any twice.
+        rank = slot[:, None]
+        keys = keys_for(keys_for(self._keys[1], cell[:, None, :]), cycles // s)
+        places = shuffled((rank + cycles) % s, np.broadcast_to(s, (len(s), k, k)), keys)
+        offered = (cells.offsets[cell][:, None, :] + places).reshape(len(s), k * k)
+        there = ((rank < s) & (slot < draw[:, None, None])).reshape(len(s), k * k)
+        order = np.argsort(~there, axis=1, kind="stable")
+        taken = np.take_along_axis(order, slot % there.sum(axis=1)[:, None], axis=1)
+        chosen: Integers = cells.images[np.take_along_axis(offered, taken, axis=1)]
         return chosen
 
 
@@ -101,7 +97,7 @@ class Cells:
     """
 
     def __init__(self, table: IdentityTable, groups: Any) -> None:
-        found = group_by_identity(groups)
+        found = group_by_identity(groups, name="groups")
         if found.num_images != table.num_images:
             raise ValueError(
                 f"groups must say for each of {table.num_images:,} images which group it is of; found "
@@ -118,9 +114,3 @@ class Cells:
         starts = np.concatenate(([0], np.flatnonzero(new) + 1))
         self.offsets = np.append(starts, table.num_images)
         self.of_identity = np.searchsorted(starts, table.offsets)
-
-
-def _ragged(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For rows of these lengths, laid end to end: the row of each element, and its place in the row."""
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    return row, np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -93,23 +93,28 @@ class WeightedEpoch:
     batches, the next B slot 1, and so on. Nobody has more than B visits, so nobody is dealt a batch twice. Dealt
     straight, identities that once meet would meet again at each of their visits; so within every slot the batches are
     shuffled in blocks. A run of v visits that crosses from one slot to the next stays out of its first block there as
-    long as blocks are at most B - v + 1 long, which keeps batches distinct.
+    long as blocks are at most B - v + 1 long, which keeps batches distinct. So that blocks are long, runs of more than
+    half a slot do not cross: each begins a slot, and identities with a single visit fill it up, while there are any.
     """
 
     def __init__(self, visits: WeightedVisits, epoch: int) -> None:
         number, total = len(visits.visits), visits.num_batches * visits.per_batch
         self._epoch, self._visits, self._batches = epoch, visits.visits, visits.num_batches
         self._key = key_of("weighted identities", visits.seed, epoch)
-        self._order = shuffled(np.arange(number), number, self._key)
-        dealt = visits.visits[self._order]
+        order = shuffled(np.arange(number), number, self._key)
+        dealt = visits.visits[order]
         left = total - int(dealt.sum())
         while left:
             able = np.flatnonzero(dealt < self._batches)[:left]
             dealt[able] += 1
             left -= len(able)
+        arranged = _long_runs_first(dealt, self._batches)
+        self._order, dealt = order[arranged], dealt[arranged]
         self._ends = np.cumsum(dealt)
         self._starts = self._ends - dealt
-        self._blocks = -(-self._batches // (self._batches - int(dealt.max()) + 1))
+        crossing = self._starts // self._batches < (self._ends - 1) // self._batches
+        longest = int(dealt[crossing].max(initial=1))
+        self._blocks = -(-self._batches // (self._batches - longest + 1))
 
     def at(self, batches: NDArray[np.int64], slots: NDArray[np.int64]) -> Planned:
         """Who stands in these batches (B,) at these slots (S,): Planned of (B, S)."""
@@ -126,3 +131,20 @@ class WeightedEpoch:
         own = self._visits[who]
         ahead = np.maximum(number - own + 1, 0)
         return Planned(who, self._epoch * own + np.minimum(number, own - 1), ahead)
+
+
+def _long_runs_first(lengths: NDArray[np.int64], slot: int) -> NDArray[np.int64]:
+    """An order of runs in which those longer than half a slot begin one, which runs of length 1 fill up.
+
+    The longest come first, as many as there are runs of length 1 for; all others follow in their order.
+    """
+    long = np.flatnonzero(2 * lengths > slot) if slot > 1 else np.empty(0, dtype=np.int64)
+    long = long[np.argsort(-lengths[long], kind="stable")]
+    single = np.flatnonzero(lengths == 1)
+    needed = np.cumsum(slot - lengths[long])
+    long = long[needed <= len(single)]
+    needed = np.concatenate(([0], needed[: len(long)]))
+    begun = np.insert(single[: needed[-1]], needed[:-1], long)
+    rest = np.ones(len(lengths), dtype=bool)
+    rest[begun] = False
+    return np.concatenate((begun, np.flatnonzero(rest)))

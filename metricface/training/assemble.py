@@ -371,9 +371,7 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
     for stage in recipe.stages:
         try:
             batches = sampler(stage, images, recipe.seed)
-            tables = look_alikes(stage, batches, images, recipe.data.workers, torch.device("cpu"))
-            if tables is not None:
-                tables.close()
+            look_alikes(stage, batches, images, recipe.data.workers, torch.device("cpu"))
             goal = objective(stage, recipe, len(images.identities), batches)
             goal.follow(0.0)
             goal(*_rehearsed(batches, recipe.model.embedding_dim))

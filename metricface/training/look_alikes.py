@@ -9,14 +9,14 @@ import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from metricface.data.images import ImageSet
+from metricface.data.images import ImageSet, UnreadableImageError
 from metricface.miners.dataset.identities import (
     IdentityNeighbours,
     centroids,
@@ -31,7 +31,12 @@ Table = NDArray[np.int64]
 
 
 class NoTableError(RuntimeError):
-    """A table of look-alikes could not be computed."""
+    """A table of look-alikes could not be computed; its cause is what went wrong."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the network is to blame (its embeddings are not finite), and not files, memory or the device."""
+        return isinstance(self.__cause__, ValueError) and not isinstance(self.__cause__, UnreadableImageError)
 
 
 class ClassWeights(NamedTuple):
@@ -66,31 +71,44 @@ class LookAlikeTables:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="look-alikes")
         self._coming: Future[Table] | None = None
         self._found: dict[str, float] = {}
+        self.failures: list[str] = []
 
     def first(self, model: nn.Module, weights: ClassWeights | None) -> None:
         """Compute the table that the stage begins with, before its first batch is planned."""
         self.sampler.refresh(self._table(self._source(model, weights)), at=0)
 
-    def after(self, step: int, model: nn.Module, weights: Callable[[], ClassWeights | None]) -> None:
-        """Where a renewal is due after `step` steps, take a copy of the weights and begin."""
-        if self.every is None or step % self.every:
+    def after(
+        self, step: int, model: nn.Module, weights: Callable[[], ClassWeights | None], last: int | None = None
+    ) -> None:
+        """Where a renewal is due after `step` steps, take a copy of the weights and begin.
+
+        last: steps of the stage, where that is known: a table that would only be in force after it is not computed.
+        """
+        at = step + self.options.delay
+        if self.every is None or step % self.every or (last is not None and at >= last):
             return
         self.wait()
         source = self._source(copy.deepcopy(model), weights())
         self._coming = self._background.submit(self._table, source)
-        self.sampler.refresh(self._coming, at=step + self.options.delay)
+        self.sampler.refresh(self._coming, at=at)
 
     def wait(self) -> None:
-        """Until the table under way, if any, is there: a checkpoint holds it. Its failure shows where it is needed."""
+        """Until the table under way, if any, is there: a checkpoint holds it.
+
+        Should it have failed, `failures` says so; whoever needs the table gets the error.
+        """
         if self._coming is not None:
-            self._coming.exception()
+            error = self._coming.exception()
+            if error is not None:
+                self.failures.append(str(error))
             self._coming = None
 
     def scalars(self, step: int) -> dict[str, float]:
         """Steps since the weights that the table in force is of, look-alikes that were missing, and about its making.
 
         missing_share: of the look-alikes planned so far, how many were strangers because a row had too few. twins:
-        pairs of identities left out as too close; without: identities that look like nobody; seconds: it took.
+        pairs of identities left out as too close; without: identities that look like nobody; seconds: it took. These
+        three are of the table computed last.
         """
         since = self.sampler.table_from()
         found = {"age": float(step - max(since - self.options.delay, 0)), **self._found}
@@ -98,8 +116,11 @@ class LookAlikeTables:
             found["missing_share"] = self.sampler.missing_look_alikes / self.sampler.planned_look_alikes
         return {f"look_alikes/{name}": value for name, value in found.items()}
 
-    def close(self) -> None:
-        """Let the thread go."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the thread go; a table that it has not begun will not come."""
         self._background.shutdown(wait=False, cancel_futures=True)
 
     def _source(self, model: nn.Module, weights: ClassWeights | None) -> nn.Module | ClassWeights:
@@ -112,8 +133,8 @@ class LookAlikeTables:
         since = time.perf_counter()
         try:
             found = self._neighbours(source)
-        except (ValueError, RuntimeError) as error:
-            raise NoTableError(str(error)) from error
+        except Exception as error:
+            raise NoTableError(str(error) or type(error).__name__) from error
         self._found = {
             "seconds": time.perf_counter() - since,
             "twins": float(len(found.twins.first)),

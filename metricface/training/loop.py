@@ -230,6 +230,7 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
         run.interrupted = True
         return
     _note_speed(run, under_way)
+    _note_failed_tables(run, under_way)
     if _keep_better(run, stage.name):
         run.class_vectors = stages.class_weights(under_way) or run.class_vectors
     run.index += 1
@@ -285,7 +286,10 @@ def _give_up(run: Run) -> None:
 
 def _note_speed(run: Run, under_way: stages.StageRun) -> None:
     clock = under_way.clock
-    batch = max(1, round(clock.images / clock.steps))
+    if clock.steps == 0:
+        run.notes.append(f"Stage {under_way.stage.name!r} took no step: nothing of its budget was left.")
+        run.say(run.notes[-1])
+    batch = round(clock.images / clock.steps) if clock.steps else assemble.TRIAL_CLASSES
     bare = bare_images_per_second(
         run.model, batch, run.people.training.preprocessing.shape, run.device, under_way.precision
     )
@@ -303,6 +307,17 @@ def _note_speed(run: Run, under_way: stages.StageRun) -> None:
         f"{under_way.stage.name}: {clock.steps:,} steps, {clock.images_per_second:,.0f} images/s; the bare forward and "
         f"backward pass of the network {bare:,.0f} ({clock.images_per_second / bare:.2f} of it)"
     )
+
+
+def _note_failed_tables(run: Run, under_way: stages.StageRun) -> None:
+    failures = [] if under_way.look_alikes is None else under_way.look_alikes.failures
+    if failures:
+        note = (
+            f"Stage {under_way.stage.name!r}: {len(failures)} tables of look-alikes could not be computed, the last "
+            f"because: {failures[-1]}"
+        )
+        run.notes.append(note)
+        run.say(note)
 
 
 def _finish(run: Run) -> None:

@@ -354,6 +354,12 @@ def _check_look_alikes(where: str, stage: Stage) -> None:
         )
     if asked.every_steps is not None and asked.every_epochs is not None:
         raise ValueError(f"{where}: look_alikes are renewed by every_steps or by every_epochs; give one of them.")
+    renewed = asked.every_steps is not None or asked.every_epochs is not None
+    if renewed and asked.source == "head" and all(term.head is None for term in stage.terms()):
+        raise ValueError(
+            f"{where} renews look-alikes from class vectors (source: head), but has no head whose vectors would "
+            "change. Make the source centroids or images, or leave every_steps and every_epochs out."
+        )
     for name in ("neighbours", "every_steps", "every_epochs", "delay"):
         value = getattr(asked, name)
         if value is not None and not value > 0:

@@ -1,5 +1,6 @@
 """One stage of training: from the weights it is given to the weights it leaves, in steps that can be interrupted."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def find_look_alikes(run: StageRun, model: nn.Module, weights: ClassWeights | No
         try:
             run.look_alikes.first(model, class_weights(run) or weights)
         except NoTableError as error:
-            raise _diverged(run, f"look-alikes cannot be found ({error})") from error
+            raise _without_table(run, error) from error
         run.clock.pause()
 
 
@@ -140,33 +141,33 @@ def train(
     batches = _endless(loader)
     tables = run.look_alikes
     clock.start()
-    while clock.progress < 1.0 and not stopped():
-        batch = _next(batches, run)  # not before the test above: a batch that was pulled counts as trained on
-        rate = _set_learning_rate(run)
-        numbers = run.objective.follow(clock.progress)
-        loss, embeddings, labels = _step(run, recipe, people, model, batch, device)
-        clock.steps += 1
-        clock.images += len(labels)
-        _advance(bar, clock)
-        if tables is not None:
-            tables.after(clock.steps, model, lambda: class_weights(run) or class_vectors)
-        if clock.steps % recipe.log_every == 0 or clock.steps == 1:
-            value = _finite(loss, run)
-            scalars = _scalars(run, embeddings, labels)
-            scalars |= {f"schedule/{key}": number for key, number in numbers.items()}
-            report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
-            bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
-        if clock.elapsed - saved_at >= recipe.checkpoint_every:
+    with tables or contextlib.nullcontext():
+        while clock.progress < 1.0 and not stopped():
+            batch = _next(batches, run)  # not before the test above: a batch that was pulled counts as trained on
+            rate = _set_learning_rate(run)
+            numbers = run.objective.follow(clock.progress)
+            loss, embeddings, labels = _step(run, recipe, people, model, batch, device)
+            clock.steps += 1
+            clock.images += len(labels)
+            _advance(bar, clock)
             if tables is not None:
-                tables.wait()
-            clock.pause()
-            _check_weights(run, model)
-            save()
-            saved_at = clock.elapsed
-            clock.start()
-    if tables is not None:
-        tables.wait()  # the checkpoint that follows holds it
-        tables.close()
+                tables.after(clock.steps, model, lambda: class_weights(run) or class_vectors, clock.total_steps)
+            if clock.steps % recipe.log_every == 0 or clock.steps == 1:
+                value = _finite(loss, run)
+                scalars = _scalars(run, embeddings, labels)
+                scalars |= {f"schedule/{key}": number for key, number in numbers.items()}
+                report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
+                bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
+            if clock.elapsed - saved_at >= recipe.checkpoint_every:
+                if tables is not None:
+                    tables.wait()
+                clock.pause()
+                _check_weights(run, model)
+                save()
+                saved_at = clock.elapsed
+                clock.start()
+        if tables is not None:
+            tables.wait()  # the checkpoint that follows holds it
     clock.pause()
     bar.close()
     _check_weights(run, model)
@@ -176,7 +177,17 @@ def _next(batches: Iterator[ImageBatch], run: StageRun) -> ImageBatch:
     try:
         return next(batches)
     except NoTableError as error:
-        raise _diverged(run, f"look-alikes cannot be found ({error})") from error
+        raise _without_table(run, error) from error
+
+
+def _without_table(run: StageRun, error: NoTableError) -> Exception:
+    """What a run stops with that cannot find look-alikes."""
+    if error.diverged:
+        return _diverged(run, f"look-alikes cannot be found ({error})")
+    return OSError(
+        f"Stage {run.stage.name!r}: look-alikes cannot be found at step {run.clock.steps:,}: {error}. What was trained "
+        "is saved; --resume goes on with the table before."
+    )
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -277,8 +288,10 @@ def _bar(run: StageRun) -> "tqdm[Never]":
     clock = run.clock
     if clock.total_steps is not None:
         return tqdm(desc=run.stage.name, total=clock.total_steps, initial=clock.steps, unit="step", mininterval=0.5)
+    assert clock.total_seconds is not None
+    begun = min(clock.elapsed, clock.total_seconds)  # looking for look-alikes may have taken all of it
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}s [{remaining} left{postfix}]"
-    return tqdm(desc=run.stage.name, total=clock.total_seconds, initial=clock.elapsed, bar_format=form, mininterval=0.5)
+    return tqdm(desc=run.stage.name, total=clock.total_seconds, initial=begun, bar_format=form, mininterval=0.5)
 
 
 def _advance(bar: "tqdm[Never]", clock: Clock) -> None:

@@ -5,7 +5,7 @@ import pickle
 import threading
 from collections import Counter
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +17,11 @@ from torch.utils.data import DataLoader
 from samplers import LookAlikeBatchSampler
 from samplers.look_alikes import PLANNED_AHEAD
 from tests.samplers.test_identity_balanced import check_batch, labels_with
+
+
+class IdentityRows(NamedTuple):
+    rows: Any
+    cos: Any
 
 
 def circle(identities: int, k: int = 4) -> Any:
@@ -44,7 +49,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     counts = draw(st.lists(st.integers(1, 6), min_size=p, max_size=30))
     identities, k = len(counts), draw(st.integers(1, 6))
     neighbourhood = draw(st.integers(2, 5))
-    shares = [share for share in (0.0, 0.3, 0.5, 0.75) if _fits(p, round(share * p), neighbourhood)]
+    shares = [share for share in (0.0, 0.3, 0.5, 0.75) if _fits(p, share, neighbourhood)]
     return {
         "counts": counts,
         "p": p,
@@ -56,8 +61,10 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def _fits(p: int, look_alikes: int, neighbourhood: int) -> bool:
-    return p > look_alikes and -(-look_alikes // (neighbourhood - 1)) <= p - look_alikes
+def _fits(p: int, share: float, neighbourhood: int) -> bool:
+    look_alikes = round(share * p)
+    some = look_alikes > 0 or share == 0.0
+    return some and p > look_alikes and -(-look_alikes // (neighbourhood - 1)) <= p - look_alikes
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -190,6 +197,17 @@ def test_a_table_that_is_still_computed_is_waited_for() -> None:
     assert strides(batches, labels) == [1] * (PLANNED_AHEAD + 3) + [5] * (200 - PLANNED_AHEAD - 3)
 
 
+def test_a_table_is_waited_for_at_its_own_batch_and_not_before() -> None:
+    sampler, labels = make()
+    coming: Future[Any] = Future()
+    sampler.refresh(coming, at=PLANNED_AHEAD + 5)
+    iterator = iter(sampler)
+    batches = [next(iterator) for _ in range(PLANNED_AHEAD + 5)]
+    coming.set_result(striding(5))
+    batches.append(next(iterator))
+    assert strides(batches, labels) == [1] * (PLANNED_AHEAD + 5) + [5]
+
+
 def test_what_went_wrong_in_the_background_is_raised_where_the_table_is_needed() -> None:
     sampler, _ = make()
     broken: Future[Any] = Future()
@@ -197,6 +215,11 @@ def test_what_went_wrong_in_the_background_is_raised_where_the_table_is_needed()
     sampler.refresh(broken, at=40)
     with pytest.raises(RuntimeError, match="not finite"):
         list(sampler)
+    assert [kept["at"] for kept in sampler.state_dict()["neighbours"]] == [0]  # a state does not need what failed
+    copy.deepcopy(sampler)
+    sampler.refresh(striding(2), at=40)  # and another table takes its place
+    labels = labels_with([1] * 200)
+    assert strides(sampler, labels) == [1] * 40 + [2] * 160
     wrong: Future[Any] = Future()
     wrong.set_result(np.zeros((3, 1), dtype=int))
     sampler, _ = make()
@@ -285,6 +308,14 @@ def test_a_table_for_batches_that_are_planned_already_is_refused() -> None:
         sampler.refresh(striding(2), at=-1)
 
 
+def test_a_table_before_the_position_that_was_loaded_is_refused() -> None:
+    sampler, _ = make()
+    sampler.load_state_dict({**sampler.state_dict(), "epoch": 5, "position": 3})
+    with pytest.raises(ValueError, match="batches up to 1002 are planned"):
+        sampler.refresh(striding(2), at=1002)
+    sampler.refresh(striding(2), at=1003)
+
+
 def test_a_table_for_the_same_batch_replaces_the_one_before_it() -> None:
     sampler, labels = make()
     sampler.refresh(striding(4), at=0)
@@ -300,6 +331,9 @@ def test_a_table_for_the_same_batch_replaces_the_one_before_it() -> None:
         ({"look_alike_share": -0.1}, "look_alike_share=-0.1"),
         ({"look_alike_share": 0.97}, "8 look-alikes in a batch of 8 .* leave 0 .* Lower look_alike_share"),
         ({"look_alike_share": 0.75, "neighbourhood": 3}, "leave 2 .* need 3. Make neighbourhood at least 4, or lower"),
+        ({"look_alike_share": 0.05}, "look_alike_share=0.05 of 8 rounds to 0"),
+        ({"neighbours": [[1, 2], [3]]}, r"shape \(20, k\).* found float64 of shape \(0,\)"),
+        ({"neighbours": IdentityRows(circle(20), circle(20) * 0.5)}, "pass the `rows` of what found it"),
         ({"neighbourhood": 1}, "neighbourhood must be at least 2"),
         ({"neighbours": np.zeros((20, 0), dtype=int)}, r"shape \(20, k\).* found int64 of shape \(20, 0\)"),
         ({"neighbours": np.zeros((19, 2), dtype=int)}, r"found int64 of shape \(19, 2\)"),
@@ -318,9 +352,14 @@ def test_wrong_arguments_say_what_was_asked_what_was_found_and_what_to_do(option
 def test_a_state_of_another_sampler_is_refused() -> None:
     sampler, _ = make()
     state = sampler.state_dict()
+    other_state = {**state, "epoch": 7}
     del state["neighbours"]
     with pytest.raises(ValueError, match="no tables of neighbours"):
         sampler.load_state_dict(state)
+    for wrong in ([], None, [{"x": 1}], [3], [{"at": 5, "table": striding(1)}, {"at": 0, "table": striding(1)}]):
+        with pytest.raises(ValueError, match="should list tables"):
+            sampler.load_state_dict({**other_state, "neighbours": wrong})
+    assert sampler.state_dict()["epoch"] == 0
     other, _ = make(look_alike_share=0.0)
     with pytest.raises(ValueError, match="look_alikes_per_batch was 0 and is 1"):
         sampler.load_state_dict(other.state_dict())

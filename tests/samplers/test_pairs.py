@@ -31,7 +31,7 @@ def test_pairs_are_what_they_are_called_and_each_image_begins_one_positive_pair_
     number = Counter(labels)
     firsts = {image for image, label in enumerate(labels) if number[label] > 1}
     positive = round(share * size)
-    assume(positive <= len(firsts))
+    assume(positive <= len(firsts) and (share in (0.0, 1.0) or 0 < positive < size))
     sampler = PairBatchSampler(labels, size, positive_share=share, seed=seed)
     assert sampler.single_image_identities == sum(count == 1 for count in counts)
     for _ in range(2):
@@ -100,6 +100,8 @@ def test_ranks_have_pairs_of_both_kinds_and_the_tuple_fits_each_of_them() -> Non
         ([0, 0, 0], 2, {}, "one identity only .3 images.*positive_share=1.0"),
         ([0, 0, 1], 0, {}, "pairs_per_batch must be at least 1"),
         ([0, 0, 1], 2, {"positive_share": 1.5}, r"positive_share=1.5 .* \[0, 1\]"),
+        ([0, 0, 1], 4, {"positive_share": 0.1}, "positive_share=0.1 of 4 rounds to 0"),
+        ([0, 0, 1], 4, {"positive_share": 0.9}, "positive_share=0.9 of 4 rounds to 4"),
         ([0, 0, 1, 1], 6, {"world_size": 2}, "positive_pairs=3 .* divisible by world_size=2: pass 2 or 4"),
         ([0, 0, 1, 1], 5, {"world_size": 2}, "negative_pairs=3 .* divisible"),
         ([0, 0, 1, 1], 2, {"rank": 1}, "rank=1 is out of range"),

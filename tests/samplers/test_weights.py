@@ -90,6 +90,24 @@ def test_heavy_identities_meet_others_in_many_batches_rather_than_the_same_ones(
     assert len(met) > 0.3 * 79_800
 
 
+@pytest.mark.parametrize("heavy", [[], [200], [5000], [3000, 2500, 1500], [8000, 700, 650, 600, 500]])
+def test_an_identity_in_most_batches_does_not_keep_the_others_from_mixing(heavy: list[int]) -> None:
+    counts = np.array([*heavy, *np.random.default_rng(0).geometric(0.05, 600)])
+    visits = WeightedVisits(counts, 16, 4, "count", 0)
+    who = visits.epoch(0).at(np.arange(visits.num_batches), np.arange(16)).who
+    usual = np.flatnonzero((visits.visits >= 8) & (visits.visits < visits.num_batches // 4))
+    assert len(usual) > 50
+    most_met = []
+    for one in usual:
+        batches = who[(who == one).any(axis=1)]
+        partners = np.bincount(batches.ravel(), minlength=len(counts))
+        partners[one] = 0
+        partners[: len(heavy)] = 0
+        most_met.append(partners.max() / len(batches))
+        assert (partners > 0).sum() > 0.3 * min(15 * len(batches), 600)
+    assert np.mean(most_met) < 0.5  # dealt straight it would meet the same few at every visit
+
+
 def test_which_identities_meet_is_even_over_epochs() -> None:
     counts = np.array([1, 1, 2, 2, 3, 3, 4, 4, 5, 5])  # visits with K = 1: 30 in 10 batches of 3
     visits = WeightedVisits(counts, 3, 1, "count", 0)

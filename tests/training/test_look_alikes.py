@@ -10,10 +10,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metricface.training import assemble, look_alikes, loop, stages
+from metricface.training.held_out import embed
 from metricface.training.look_alikes import LookAlikeTables
 from metricface.training.loop import train
 from metricface.training.people import gather
-from metricface.training.recipe import Component, LookAlikes, Recipe, check
+from metricface.training.recipe import Component, LookAlikes, Recipe, Term, check
+from metricface.training.schedules import Clock
 from metricface.training.stages import TrainingDivergedError
 from samplers import LookAlikeBatchSampler
 from tests.training.conftest import tiny_recipe
@@ -55,8 +57,11 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_a_stage_trains_on_look_alikes_from_every_source_and_shows_their_age(
     source: Any, alike: Recipe, tmp_path: Path
 ) -> None:
-    assert alike.stages[1].look_alikes is not None
-    alike.stages[1].look_alikes.source = source
+    stage = alike.stages[1]
+    assert stage.look_alikes is not None
+    stage.look_alikes.source = source
+    if source == "head":  # one of its own, beside the triplets
+        stage.plus = [Term("classes", head=Component("Softmax"))]
     run = train(alike, tmp_path / "run", say=quiet)
     assert [stage["steps"] for stage in run.stage_reports] == [6, 70]
     shown = curves(tmp_path / "run")
@@ -112,7 +117,7 @@ def test_class_vectors_cost_no_pass_over_the_images(
     alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert alike.stages[1].look_alikes is not None
-    alike.stages[1].look_alikes.source = "head"
+    alike.stages[1].look_alikes = LookAlikes(source="head")
     alike.select_by = "auc"
     monkeypatch.setattr(loop, "_number", lambda figure: 0.0)  # so that every stage's end is kept
     monkeypatch.setattr(look_alikes, "embed", lambda *_: pytest.fail("images were embedded"))
@@ -125,7 +130,7 @@ def test_without_class_vectors_that_were_kept_means_of_embeddings_take_their_pla
     alike: Recipe, tmp_path: Path
 ) -> None:
     assert alike.stages[1].look_alikes is not None
-    alike.stages[1].look_alikes.source = "head"
+    alike.stages[1].look_alikes = LookAlikes(source="head")
     alike.stages = alike.stages[1:]
     run = train(alike, tmp_path / "run", say=quiet)
     assert run.class_vectors is None
@@ -146,6 +151,80 @@ def test_a_network_that_breaks_is_divergence_where_its_table_is_needed(
     monkeypatch.setattr(look_alikes, "embed", broken)
     with pytest.raises(TrainingDivergedError, match=r"look-alikes cannot be found \(3 of 174 .* at step (29|3\d|4\d)"):
         train(alike, tmp_path / "run", say=quiet)
+
+
+@pytest.mark.parametrize("error", [OSError("stale file handle"), RuntimeError("out of memory"), MemoryError()])
+def test_what_else_fails_in_the_background_loses_nothing_and_is_not_called_divergence(
+    error: Exception, alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, calls = embed, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return sound(*arguments)
+
+    monkeypatch.setattr(look_alikes, "embed", failing)
+    with pytest.raises(OSError, match=r"look-alikes cannot be found at step 45: .* --resume goes on"):
+        train(alike, tmp_path / "run", say=quiet)
+    run = train(alike, tmp_path / "run", resume=True, say=quiet)
+    assert run.stage_reports[1]["steps"] == 70
+    assert len(calls) == 2  # that of step 50 would come too late
+
+
+def test_a_table_that_failed_before_it_was_needed_is_a_note_in_the_report(
+    alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        return embed(*arguments) if len(calls) == 1 else 1 / 0
+
+    monkeypatch.setattr(look_alikes, "embed", failing)
+    monkeypatch.setattr(stages, "_clock", lambda *_: Clock(total_seconds=10.0))
+    # In seconds, the last step is not known beforehand; here it comes after 30 steps, when 25's table is under way.
+    monkeypatch.setattr(Clock, "progress", property(lambda clock: clock.steps / 30))
+    run = train(alike, tmp_path / "run", say=quiet)
+    assert run.stage_reports[1]["steps"] == 30
+    assert "1 tables of look-alikes could not be computed, the last because: division by zero" in run.notes[-1]
+    assert len(calls) == 2  # that of step 50 would come too late
+
+
+@pytest.mark.parametrize("checkpoint_every", [60.0, 0.001])
+def test_a_table_that_failed_and_is_not_in_force_yet_keeps_nothing_from_being_saved(
+    checkpoint_every: float, alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, calls = embed, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        return sound(*arguments) if len(calls) == 1 else 1 / 0
+
+    monkeypatch.setattr(look_alikes, "embed", failing)
+    alike.checkpoint_every = checkpoint_every
+    stopped = train(alike, tmp_path / "run", stopped=after(6 + 2 + 30), say=quiet)
+    assert stopped.interrupted
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert [kept["at"] for kept in state["stage"]["sampler"]["neighbours"]] == [0]
+
+
+def test_a_first_table_that_takes_all_of_the_budget_leaves_a_stage_without_steps(
+    alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = embed
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(1.5)
+        return sound(*arguments)
+
+    monkeypatch.setattr(look_alikes, "embed", slow)
+    alike.budget = 1.0
+    for stage in alike.stages:
+        stage.steps = None
+    run = train(alike, tmp_path / "run", say=quiet)
+    assert run.stage_reports[1]["steps"] == 0
 
 
 def test_workers_that_fetch_ahead_see_the_same_batches(alike: Recipe, people_folder: Path, tmp_path: Path) -> None:
@@ -193,6 +272,14 @@ def test_renewals_that_cannot_be_in_time_are_refused_before_training(
     alike.stages[1].look_alikes = LookAlikes(**change)
     with pytest.raises(ValueError, match=words):
         train(alike, tmp_path / "run", say=quiet)
+
+
+def test_renewals_of_class_vectors_that_do_not_change_are_refused(alike: Recipe) -> None:
+    alike.stages[1].look_alikes = LookAlikes(source="head", every_steps=50)
+    with pytest.raises(ValueError, match="has no head whose vectors would change"):
+        check(alike)
+    alike.stages[1].look_alikes = LookAlikes(source="head")
+    check(alike)
 
 
 def test_look_alikes_of_another_sampler_are_refused(alike: Recipe) -> None:
