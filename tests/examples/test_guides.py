@@ -20,6 +20,8 @@ def test_the_code_of_a_guide_runs_from_top_to_bottom(guide: Path) -> None:
     names: dict[str, object] = {"__name__": "guide"}
     for block in blocks(guide):
         exec(block, names)
+    if not any(".backward()" in block for block in blocks(guide)):
+        return  # not about losses
     embeddings = names.get("embeddings")
     assert isinstance(embeddings, torch.Tensor)
     assert embeddings.grad is not None
