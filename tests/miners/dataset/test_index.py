@@ -230,11 +230,13 @@ def test_threads_and_the_blocks_they_take_change_nothing(kind: IndexKind, monkey
 
     rows, _ = faces(120, 8, 16)
     found = []
+    before = faiss.omp_get_max_threads()
     for threads, visits in ((1, 1 << 21), (3, 1 << 21), (3, 500)):
         monkeypatch.setattr(faiss, "omp_get_max_threads", lambda threads=threads: threads)
         monkeypatch.setattr("metricface.miners.dataset.inverted_lists.VISITS_PER_BLOCK", visits)
         monkeypatch.setattr("metricface.miners.dataset.inverted_lists.BLOCK_NUMBERS", visits)
         found.append(EmbeddingIndex(rows, kind=kind).search(rows, 9))
+    faiss.omp_set_num_threads(before)  # FAISS puts back what it is told there was, and torch shares the setting
     for other in found[1:]:
         np.testing.assert_array_equal(other.indices, found[0].indices)
         np.testing.assert_allclose(other.cos, found[0].cos, atol=1e-6)
