@@ -97,8 +97,10 @@ class Graph:
 
     def search(self, queries: Rows, k: int, effort: int) -> Raw:
         """What a walk with `effort` candidates (at least k) meets."""
-        params = faiss_module().SearchParametersHNSW(efSearch=max(effort, k))
-        return Raw(*self._index.search(queries, k, params=params))
+        # Not as an argument: faiss.contrib.torch_utils, which pytorch-metric-learning loads, puts a search in place
+        # of FAISS's that does not know it.
+        self._index.hnsw.efSearch = max(effort, k)
+        return Raw(*self._index.search(queries, k))
 
 
 class GpuFlat:
@@ -135,7 +137,8 @@ class GpuLists:
     def search(self, queries: Rows, k: int, effort: int) -> Raw:
         """The best among the rows of the `effort` nearest lists."""
         check_gpu_most(k)
-        return Raw(*self._index.search(queries, k, params=faiss_module().SearchParametersIVF(nprobe=effort)))
+        self._index.nprobe = effort  # not as an argument, see Graph
+        return Raw(*self._index.search(queries, k))
 
 
 def check_gpu_most(k: int) -> None:

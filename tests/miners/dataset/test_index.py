@@ -290,3 +290,11 @@ def test_without_faiss_the_error_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"pip install metricface\[cpu\]"):
         EmbeddingIndex(faces(3, 2, 4)[0])
+
+
+def test_beside_pytorch_metric_learning_which_replaces_faisss_search_every_kind_still_searches() -> None:
+    import faiss.contrib.torch_utils  # noqa: F401  # what PML loads; it stays for all tests after this one
+
+    rows, _ = faces(40, 8, 16)
+    for kind in (*APPROXIMATE, "flat"):
+        assert EmbeddingIndex(rows, kind=kind).search(rows[:3], 1).indices.ravel().tolist() == [0, 1, 2]
