@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from samplers.consumed import Consumed
@@ -140,6 +141,11 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
         at_once = max(1, _PLANNED_AT_ONCE * self.world_size // images_per_batch)
         for start in range(first, len(self), at_once):
             yield range(start, min(start + at_once, len(self)))
+
+    def _part(self, number: int) -> NDArray[np.int64]:
+        """Which of `number` things that all ranks have in a batch are this rank's: (number / world_size,)."""
+        mine = number // self.world_size
+        return self.rank * mine + np.arange(mine)
 
     def _begin(self) -> Pass:
         consumed = Consumed(self._passes.counts())

@@ -110,7 +110,7 @@ class IdentityBalancedBatchSampler(IdentityBatchSampler):
         return self._visits.num_batches
 
     def _epoch_plan(self, epoch: int) -> Plan:
-        planned, slots = self._visits.epoch(epoch), self._slots()
+        planned, slots = self._visits.epoch(epoch), self._part(self.identities_per_batch)
         return lambda batches: planned.at(batches, slots)
 
     def _warn(self) -> None:

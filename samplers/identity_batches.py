@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from samplers.epochs import EpochBatchSampler, whole_number
 from samplers.groups import group_by_identity
 from samplers.rotation import CrossGroupRotation, Rotation
-from samplers.shuffles import key_of, keys_for, shuffled, turn
+from samplers.shuffles import in_turn, key_of
 from samplers.visits import Planned
 
 Labels = Sequence[int] | Sequence[str] | NDArray[Any] | torch.Tensor
@@ -159,7 +159,7 @@ class IdentityBatchSampler(EpochBatchSampler):
                 total,
             )
         if isinstance(self._rotation, CrossGroupRotation):
-            single = int(self._rotation.single_group[self._usable].sum())
+            single = int(self._rotation.cells.single_group[self._usable].sum())
             if single:
                 _log.warning(
                     "%s cannot take positives across groups for %d of %d usable identities: all their images are in "
@@ -183,21 +183,14 @@ class IdentityBatchSampler(EpochBatchSampler):
             rows = np.concatenate((images.reshape(len(batches), -1), self._negatives(epoch, batches)), axis=1)
             yield from (row.tolist() for row in rows)
 
-    def _slots(self) -> NDArray[np.int64]:
-        """Which of a batch's P identities are this rank's."""
-        share = self.identities_per_batch // self.world_size
-        return self.rank * share + np.arange(share)
-
     def _negatives(self, epoch: int, batches: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
         """(batches, N / world_size) image indices of singletons: one rotation of all of them, a turn each batch."""
         if not self.singletons_per_batch:
             return np.empty((len(batches), 0), dtype=self.table.images.dtype)
-        share = self.singletons_per_batch // self.world_size
-        total = len(self._singles)
-        cycle, taken = turn(epoch * len(self) + batches, np.full(len(batches), total), self.singletons_per_batch)
-        taken = taken[:, self.rank * share : (self.rank + 1) * share]
-        chosen = self._singles[shuffled(taken, total, keys_for(key_of("singletons", self.seed), cycle)[:, None])]
-        images: NDArray[np.integer[Any]] = self.table.images[self.table.offsets[chosen]]
+        number, part = self.singletons_per_batch, self._part(self.singletons_per_batch)
+        key = key_of("singletons", self.seed)
+        chosen = in_turn(epoch * len(self) + batches, len(self._singles), number, part, key)
+        images: NDArray[np.integer[Any]] = self.table.images[self.table.offsets[self._singles[chosen]]]
         return images
 
 

@@ -160,7 +160,8 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
             start = stop
 
     def _epoch_plan(self, epoch: int) -> Plan:
-        planned, slots, mains = self._visits.epoch(epoch), self._slots(), np.arange(self._layout.mains)
+        planned, mains = self._visits.epoch(epoch), np.arange(self._layout.mains)
+        slots = self._part(self.identities_per_batch)
 
         def plan(batches: NDArray[np.int64]) -> Planned:
             visits = planned.at(batches, mains)
@@ -179,14 +180,14 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
         return plan
 
     def _completed(self, mains: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(batches, P) identities: those whose visit it is in their slots, look-alikes and strangers in the others."""
+        """(batches, P) identities: those whose visit it is in their slots, look-alikes and strangers in the others.
+
+        One table is in force for all these batches: a span ends where the next one begins.
+        """
         who = np.full((len(mains), self.identities_per_batch), -1, dtype=np.int64)
         who[:, self._layout.main_slots] = mains
-        draws = keys_for(key_of("look-alikes", self.seed), numbers)
-        from_tables = np.array([self._at(int(number)) for number in numbers])
-        for at in np.unique(from_tables):
-            of_table = np.flatnonzero(from_tables == at)
-            who[of_table] = self._with_look_alikes(who[of_table], self._table(int(at)), draws[of_table])
+        table = self._table(self._at(int(numbers[0])))
+        self._add_look_alikes(who, table, keys_for(key_of("look-alikes", self.seed), numbers))
         self.planned_look_alikes += len(who) * self.look_alikes_per_batch
         step = 0
         while len(rows := np.flatnonzero((who < 0).any(axis=1))):
@@ -199,9 +200,7 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
             step += 1
         return who
 
-    def _with_look_alikes(
-        self, who: NDArray[np.int64], table: Neighbours, keys: NDArray[np.uint64]
-    ) -> NDArray[np.int64]:
+    def _add_look_alikes(self, who: NDArray[np.int64], table: Neighbours, keys: NDArray[np.uint64]) -> None:
         """Round after round each neighbourhood is offered one of its centre's row, in random order.
 
         It takes what is not in the batch yet; where two are offered the same in one round, the first has it.
@@ -221,7 +220,6 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
             who[batch, centres[hood] + filled[batch, hood]] = now[batch, hood]
             if (filled == sizes).all():
                 break
-        return who
 
     def _at(self, number: int) -> int:
         """From which batch on the table is in force that batch `number` is drawn from."""
@@ -247,7 +245,8 @@ class LookAlikeBatchSampler(IdentityBatchSampler):
 
     def _rows(self, at: int) -> NDArray[np.int32]:
         """That table as the constructor takes it."""
-        table, rows = self._table(at), np.full((self.table.num_identities, self._table(at).shape[1]), -1, np.int32)
+        table = self._table(at)
+        rows = np.full((self.table.num_identities, table.shape[1]), -1, dtype=np.int32)
         rows[self._usable] = np.where(table >= 0, self._usable[table], -1)
         return rows
 

@@ -11,7 +11,8 @@ from samplers.epochs import EpochBatchSampler, share, whole_number
 from samplers.groups import group_by_identity
 from samplers.identity_batches import Labels, check_share
 from samplers.rotation import Cells, Integers
-from samplers.shuffles import key_of, keys_for, shuffled, turn
+from samplers.shuffles import in_turn, key_of, keys_for, shuffled
+from samplers.visits import EvenVisits
 
 _log = logging.getLogger(__name__)
 
@@ -76,12 +77,13 @@ class PairBatchSampler(EpochBatchSampler):
             "negative_pairs": self.negative_pairs,
             "num_images": self.table.num_images,
         }
-        length = (
-            -(-firsts // self.positive_pairs)
+        # What an epoch goes through: the first images of positive pairs, or of negative ones where these are alone.
+        self._visits = (
+            EvenVisits(firsts, self.positive_pairs, self.seed, of="positive pairs")
             if self.positive_pairs
-            else -(-self.table.num_images // self.negative_pairs)
+            else EvenVisits(self.table.num_images, self.negative_pairs, self.seed)
         )
-        super().__init__(length, plan, rank=rank, world_size=world_size)
+        super().__init__(self._visits.num_batches, plan, rank=rank, world_size=world_size)
         for name in ("positive_pairs", "negative_pairs"):
             check_share(name, getattr(self, name), self.world_size)
         if self.rank == 0:
@@ -110,7 +112,7 @@ class PairBatchSampler(EpochBatchSampler):
     def _warn(self) -> None:
         if self._cells is None:
             return
-        single = int(((np.diff(self._cells.of_identity) == 1) & (self.table.counts > 1)).sum())
+        single = int(self._cells.single_group.sum())
         if single:
             _log.warning(
                 "PairBatchSampler cannot take positive pairs across groups for %d of %d identities that have any: all "
@@ -131,19 +133,16 @@ class PairBatchSampler(EpochBatchSampler):
 
     def _positives(self, epoch: int, batches: NDArray[np.int64]) -> Integers:
         """(batches, pairs of this rank, 2) image indices."""
-        places = _of_rank(batches, self.positive_pairs, self.rank, self.world_size)
-        if not places.size:
+        if not self.positive_pairs:
             return np.empty((len(batches), 0, 2), dtype=self._images.dtype)
-        firsts = int(self._ends[-1])
-        filler = places >= firsts
-        drawn = shuffled(places - firsts * filler, firsts, key_of("positive pairs", self.seed, epoch))
+        drawn, turns, ahead = self._visits.epoch(epoch).at(batches, self._part(self.positive_pairs))
         found = np.searchsorted(self._ends, drawn, side="right")
         identity = self._several[found]
         count = self.table.counts[identity]
         number = drawn - (self._ends[found] - count)  # which of its identity's images it is
         begin, end = self._own(identity, number)
         others = count - (end - begin)
-        cycle, step = np.divmod(epoch + filler, others)
+        cycle, step = np.divmod(turns + ahead, others)
         keys = keys_for(keys_for(key_of("partners", self.seed), self.table.offsets[identity] + number), cycle)
         partner = shuffled(step, others, keys)
         partner += (partner >= begin) * (end - begin)
@@ -165,24 +164,14 @@ class PairBatchSampler(EpochBatchSampler):
 
     def _negatives(self, epoch: int, batches: NDArray[np.int64]) -> Integers:
         """(batches, pairs of this rank, 2) image indices."""
-        number = self.negative_pairs // self.world_size
-        if not number:
+        if not self.negative_pairs:
             return np.empty((len(batches), 0, 2), dtype=self._images.dtype)
-        total, numbers = self.table.num_images, epoch * len(self) + batches
-        cycle, places = turn(numbers, np.full(len(batches), total), self.negative_pairs)
-        mine = slice(self.rank * number, (self.rank + 1) * number)
-        first = shuffled(places[:, mine], total, keys_for(key_of("negative pairs", self.seed), cycle)[:, None])
+        total, numbers, part = self.table.num_images, epoch * len(self) + batches, self._part(self.negative_pairs)
+        first = in_turn(numbers, total, self.negative_pairs, part, key_of("negative pairs", self.seed))
         identity = np.searchsorted(self.table.offsets, first, side="right") - 1
         count = self.table.counts[identity]
         keys = keys_for(key_of("negative partners", self.seed), numbers)[:, None]
-        partner = shuffled(0, total - count, keys_for(keys, np.arange(self.negative_pairs)[mine]))
+        partner = shuffled(0, total - count, keys_for(keys, part))
         partner += (partner >= self.table.offsets[identity]) * count
         pairs: Integers = self._images[np.stack((first, partner), axis=2)]
         return pairs
-
-
-def _of_rank(batches: NDArray[np.int64], per_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """(batches, per_batch / world_size) places of this rank in an order of which each batch takes per_batch."""
-    number = per_batch // world_size
-    places: NDArray[np.int64] = batches[:, None] * per_batch + rank * number + np.arange(number)
-    return places

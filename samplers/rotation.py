@@ -48,8 +48,6 @@ class CrossGroupRotation:
     multiple of that number. A visit ahead of its turn takes a later one. A visit costs O(K * K).
 
     groups: (N,) the group of each image, whole numbers or strings.
-    single_group: attribute, (C,) whether all images of an identity, two at least, are in one group: its positives
-        cannot cross.
     Raises ValueError for another number of groups than images, and as `group_by_identity` does.
     """
 
@@ -61,7 +59,6 @@ class CrossGroupRotation:
         seed: int,
     ) -> None:
         self.cells = Cells(table, groups)
-        self.single_group = (np.diff(self.cells.of_identity) == 1) & (table.counts > 1)
         self._per_visit = per_visit
         self._keys = key_of("group rotation", seed), key_of("rotation in group", seed)
 
@@ -93,7 +90,8 @@ class Cells:
     """Images grouped by identity and, within it, by group: a cell holds the images of one identity in one group.
 
     images: (N,) image indices, cell after cell. offsets: (M + 1,) where each of M cells begins in `images`.
-    of_identity: (C + 1,) where the cells of each identity begin.
+    of_identity: (C + 1,) where the cells of each identity begin. single_group: (C,) whether all images of an identity,
+    two at least, are in one group: its positives cannot cross.
     """
 
     def __init__(self, table: IdentityTable, groups: Any) -> None:
@@ -114,3 +112,4 @@ class Cells:
         starts = np.concatenate(([0], np.flatnonzero(new) + 1))
         self.offsets = np.append(starts, table.num_images)
         self.of_identity = np.searchsorted(starts, table.offsets)
+        self.single_group = (np.diff(self.of_identity) == 1) & (table.counts > 1)

@@ -105,3 +105,14 @@ def turn(
     cycle, j = np.divmod(np.asarray(turns, dtype=np.int64), -(-count // draw))
     first = j * draw + np.asarray(ahead, dtype=np.int64)
     return cycle, (first[..., None] + np.arange(draw)) % count[..., None]
+
+
+def in_turn(
+    turns: NDArray[np.int64], total: int, draw: int, part: NDArray[np.int64], key: np.uint64
+) -> NDArray[np.int64]:
+    """Draws that take each of `total` things in its turn, `draw` of them a turn, in a new order each cycle.
+
+    turns: (V,). part: (n,) which of the `draw` of each turn are wanted. Returns (V, n) numbers 0..total-1.
+    """
+    cycle, places = turn(turns, np.full(len(turns), total), draw)
+    return shuffled(places[:, part], total, keys_for(key, cycle)[:, None])

@@ -31,10 +31,12 @@ class EvenVisits:
 
     The last batch is filled up with the first identities of the order: others than its own, since there are at least P.
     Nothing is held but these numbers: an epoch's order is evaluated where it is looked at.
+
+    of: what they are, where it is not identities; each has an order of its own.
     """
 
-    def __init__(self, number: int, per_batch: int, seed: int) -> None:
-        self.number, self.per_batch, self.seed = number, per_batch, seed
+    def __init__(self, number: int, per_batch: int, seed: int, of: str = "identities") -> None:
+        self.number, self.per_batch, self.seed, self.of = number, per_batch, seed, of
         self.num_batches = -(-number // per_batch)
 
     def epoch(self, epoch: int) -> "EvenEpoch":
@@ -47,7 +49,7 @@ class EvenEpoch:
 
     def __init__(self, visits: EvenVisits, epoch: int) -> None:
         self._visits, self._epoch = visits, epoch
-        self._key = key_of("identities", visits.seed, epoch)
+        self._key = key_of(visits.of, visits.seed, epoch)
 
     def at(self, batches: NDArray[np.int64], slots: NDArray[np.int64]) -> Planned:
         """Who stands in these batches (B,) at these slots (S,): Planned of (B, S)."""
