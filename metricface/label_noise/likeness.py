@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from metricface.miners.dataset.other_identities import add_by_code
 from metricface.miners.dataset.rows import Rows, UnitRows
 
 Floats = NDArray[np.float64]
@@ -117,10 +118,3 @@ def means_of(model: Likeness, rows: UnitRows, codes: Codes, images: Counts) -> R
     for start, block in rows.blocks():
         add_by_code(sums, codes[start : start + len(block)], model.coordinates(block))
     return np.asarray(sums / np.asarray(images)[:, None], dtype=np.float32)
-
-
-def add_by_code(sums: Floats, codes: Codes, values: Rows) -> None:
-    """sums[codes[i]] += values[i] for all i, sorted first: np.add.at is many times slower."""
-    order = np.argsort(codes, kind="stable")
-    first = np.flatnonzero(np.diff(codes[order], prepend=-1))
-    sums[codes[order[first]]] += np.add.reduceat(values[order], first, axis=0)

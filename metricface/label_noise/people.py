@@ -1,20 +1,18 @@
 """A labelled set of embeddings, prepared once for everything that is looked for in it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from metricface.label_noise.likeness import Likeness, fit_likeness, means_of
+from metricface.miners.dataset.identities import Labels, matched
 from metricface.miners.dataset.index import EmbeddingIndex, IndexOptions
 from metricface.miners.dataset.other_identities import codes_of
-from metricface.miners.dataset.rows import Embeddings, Rows, UnitRows
-from samplers.groups import IdentityTable, group_by_identity
+from metricface.miners.dataset.rows import Embeddings, Rows
 
-Labels = Sequence[int] | Sequence[str] | NDArray[Any] | Tensor
 Index = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -44,13 +42,7 @@ class People:
     def __init__(
         self, embeddings: Embeddings, labels: Labels, *, model: Likeness | None = None, **options: Unpack[IndexOptions]
     ) -> None:
-        self.rows = UnitRows(embeddings)
-        self.table: IdentityTable = group_by_identity(labels)
-        if self.table.num_images != len(self.rows):
-            raise ValueError(
-                f"{len(self.rows):,} embeddings need as many labels; found {self.table.num_images:,}. "
-                "Give one label for each row, in the same order."
-            )
+        self.rows, self.table = matched(embeddings, labels)
         self.codes = codes_of(self.table)
         self.model = fit_likeness(self.rows, self.codes, self.table.counts) if model is None else model
         self.means: Rows = means_of(self.model, self.rows, self.codes, self.table.counts)

@@ -12,7 +12,7 @@ from metricface.choices import is_count, is_number
 from metricface.miners.dataset.closest_pairs import ClosestPairs, TwinIdentities
 from metricface.miners.dataset.engines import Indices
 from metricface.miners.dataset.index import EmbeddingIndex, IndexOptions
-from metricface.miners.dataset.other_identities import codes_of, nearest_others
+from metricface.miners.dataset.other_identities import add_by_code, codes_of, nearest_others
 from metricface.miners.dataset.rows import Embeddings, Rows, UnitRows
 from samplers.groups import IdentityTable, group_by_identity
 
@@ -45,10 +45,7 @@ def centroids(embeddings: Embeddings, labels: Labels) -> Rows:
     codes = codes_of(table)
     sums = np.zeros((table.num_identities, rows.shape[1]), dtype=np.float32)
     for start, block in rows.blocks():
-        there = codes[start : start + len(block)]
-        order = np.argsort(there, kind="stable")
-        first = np.flatnonzero(np.diff(there[order], prepend=-1))  # of each identity in this block
-        sums[there[order[first]]] += np.add.reduceat(block[order], first, axis=0)
+        add_by_code(sums, codes[start : start + len(block)], block)
     lengths = np.sqrt(np.einsum("cd,cd->c", sums, sums, dtype=np.float64))
     vanished = np.flatnonzero(lengths < VANISHED * table.counts)
     if len(vanished):
@@ -155,7 +152,10 @@ def matched(embeddings: Embeddings, labels: Labels) -> tuple[UnitRows, IdentityT
     """Embeddings and labels of the same images. Raises ValueError where lengths differ."""
     rows, table = UnitRows(embeddings), group_by_identity(labels)
     if len(rows) != table.num_images:
-        raise ValueError(f"{len(rows):,} embeddings need as many labels; found {table.num_images:,}.")
+        raise ValueError(
+            f"{len(rows):,} embeddings need as many labels; found {table.num_images:,}. Give one label "
+            "for each row, in the same order."
+        )
     return rows, table
 
 
