@@ -1,7 +1,6 @@
 """The one place where names in a recipe become objects."""
 
 import contextlib
-import importlib.util
 import inspect
 import signal
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from metricface.choices import is_number
 from metricface.data.images import ImageBatch, ImageSet, keep
 from metricface.data.splits import captured
 from metricface.losses import mined
+from metricface.miners.dataset.engines import faiss_module
 from metricface.models import embedder
 from metricface.training.look_alikes import LookAlikeTables
 from metricface.training.objective import (
@@ -278,8 +278,10 @@ def look_alikes(
             f"look_alikes.delay={asked.delay} must be above {ahead}: so many batches are planned or fetched before "
             "training gets them."
         )
-    if importlib.util.find_spec("faiss") is None:
-        raise ValueError("LookAlikeBatchSampler needs FAISS to find look-alikes: pip install metricface[cpu].")
+    try:
+        faiss_module()
+    except ImportError as error:
+        raise ValueError(f"LookAlikeBatchSampler: {error}") from error
     return LookAlikeTables(asked, batches, images, on)
 
 

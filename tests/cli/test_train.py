@@ -9,32 +9,19 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import yaml
 
 import metricface
 from metricface.cli.train import INTERRUPTED, main
-from metricface.data.images import Preprocessing
-from metricface.data.synthetic import SyntheticFaces
 from metricface.training import stages
+from tests.folders import write_people
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--data.height", "32", "--data.width", "32"]
 SHORT = ["--budget", "1s", "--stages.triplet.sampler.options.identities_per_batch", "4", *SMALL]
 BUILT_IN = ["--data.synthetic_identities", "40", "--data.synthetic_images", "6"]
-
-
-def write_people(folder: Path, people: int, images: int, *, first: int = 0) -> Path:
-    """A folder of people in LFW's layout."""
-    faces = SyntheticFaces(people, images, Preprocessing(40, 40), first_identity=first)
-    pixels = faces.read(range(len(faces)))
-    for index, label in enumerate(faces.labels):
-        name = f"Person_{first + label:02d}"
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / name / f"{name}_{index % images + 1:04d}.png"), pixels[index, :, :, ::-1])
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Stages whose batches are look-alikes: tables from every source, renewed in the background, and runs that repeat."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,7 @@ def test_look_alikes_of_another_sampler_are_refused(alike: Recipe) -> None:
 def test_without_faiss_the_error_says_how_to_get_it(
     alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble.importlib.util, "find_spec", lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match=r"pip install metricface\[cpu\]"):
         train(alike, tmp_path / "run", say=quiet)
 
