@@ -18,7 +18,7 @@ from metricface.data.images import ImageBatch, ImageSet, keep
 from metricface.data.splits import captured
 from metricface.losses import mined
 from metricface.miners.dataset.engines import faiss_module
-from metricface.models import embedder
+from metricface.models.embedder import Embedder, load
 from metricface.training.look_alikes import LookAlikeTables
 from metricface.training.objective import (
     GivenPairs,
@@ -210,11 +210,18 @@ def autocast(dtype: torch.dtype, on: torch.device) -> torch.autocast:
     return torch.autocast(on.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def model(recipe: Recipe, on: torch.device) -> nn.Module:
+def start(recipe: Recipe) -> Embedder | None:
+    """The embedder whose weights the trunk starts from, if the recipe names one.
+
+    Raises FileNotFoundError where it is not there, ValueError where it is damaged.
+    """
+    return None if recipe.model.start is None else load(recipe.model.start)
+
+
+def model(recipe: Recipe, on: torch.device, begun: Embedder | None = None) -> nn.Module:
     """The trunk, in channels_last layout, which CPUs and GPUs convolve fastest.
 
-    Its weights are those of the recipe's `model.start`, or drawn. Raises ValueError where that is another network, and
-    FileNotFoundError where it is not there.
+    begun: whose weights it takes; without it they are drawn. Raises ValueError where that is another network.
     """
     try:
         made = models.build(
@@ -229,15 +236,14 @@ def model(recipe: Recipe, on: torch.device) -> nn.Module:
         raise ValueError(
             f"The network {recipe.model.name} cannot be made from {recipe.model.options}: {error}."
         ) from error
-    if recipe.model.start is not None:
-        start = embedder.load(recipe.model.start).model
-        ours, theirs = models.blueprint_of(made), models.blueprint_of(start)
+    if begun is not None:
+        ours, theirs = models.blueprint_of(made), models.blueprint_of(begun.model)
         if ours != theirs:
             raise ValueError(
                 f"model.start={recipe.model.start!r} is another network: {theirs}; the recipe asks for {ours}. Set "
                 "model and data (height, width, channels) as they were, or leave model.start out."
             )
-        made.load_state_dict(start.state_dict())
+        made.load_state_dict(begun.model.state_dict())
     return made.to(device=on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import metricface
 from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
-from metricface.models import embedder
 from metricface.models.embedder import Embedder
 from metricface.monitoring.board import Board
 from metricface.training import assemble, checkpoint, stages
@@ -158,7 +157,8 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
         say(line)
     assemble.rehearse(recipe, people.training)
     torch.manual_seed(recipe.seed)
-    model = assemble.model(recipe, device)
+    start = assemble.start(recipe)
+    model = assemble.model(recipe, device, start)
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"network    {recipe.model.name}, {parameters:,} parameters, on {device} ({torch.get_num_threads()} threads), "
@@ -168,7 +168,7 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
         HeldOut("validation", people.validation, seed=recipe.seed),
         HeldOut("test", people.test, people.listed, seed=recipe.seed),
     )
-    notes = _about_start(recipe, people)
+    notes = _about(start, recipe, people)
     for line in notes:
         say(line)
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,14 +176,13 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
     return Run(recipe, folder, people, device, model, held_out, say, notes=notes)
 
 
-def _about_start(recipe: Recipe, people: People) -> list[str]:
+def _about(start: Embedder | None, recipe: Recipe, people: People) -> list[str]:
     """A warning where the network starts from weights that may know the people it is scored on."""
-    start = recipe.model.start
-    if start is None or embedder.load(start).description.get("people") == people.digest():
+    if start is None or start.description.get("people") == people.digest():
         return []
     return [
-        f"The network started from {start}, which was not trained on just this division of people: some that are "
-        "scored here may have been trained on there."
+        f"The network started from {recipe.model.start}, which was not trained on just this division of people: some "
+        "that are scored here may have been trained on there."
     ]
 
 

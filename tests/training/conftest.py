@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from metricface.training.recipe import Component, Data, Recipe, Stage
+from tests.folders import write_people
 
 
 def tiny_recipe() -> Recipe:
@@ -43,15 +44,4 @@ def recipe() -> Recipe:
 @pytest.fixture
 def people_folder(tmp_path: Path) -> Path:
     """Sixteen people with four images each, as files."""
-    import cv2
-
-    from metricface.data.images import Preprocessing
-    from metricface.data.synthetic import SyntheticFaces
-
-    faces = SyntheticFaces(16, 4, Preprocessing(40, 40), seed=1)
-    pixels = faces.read(range(len(faces)))
-    for index, label in enumerate(faces.labels):
-        folder = tmp_path / "people" / f"person_{label:02d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / f"person_{label:02d}_{index % 4 + 1:04d}.png"), pixels[index, :, :, ::-1])
-    return tmp_path / "people"
+    return write_people(tmp_path / "people", 16, 4)
