@@ -1,25 +1,21 @@
-"""The one place where names in a recipe become objects."""
+"""Where the names in a recipe become objects, but for those of samplers (batches.py), and are rehearsed."""
 
 import contextlib
 import inspect
-import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils.data import DataLoader
 
 from metricface import heads, losses, miners, models
 from metricface.choices import is_number
-from metricface.data.images import ImageBatch, ImageSet, keep
-from metricface.data.splits import captured
+from metricface.data.images import ImageSet
 from metricface.losses import mined
-from metricface.miners.dataset.engines import faiss_module
 from metricface.models.embedder import Embedder, load
-from metricface.training.look_alikes import LookAlikeTables
+from metricface.training.batches import GIVEN, SAMPLERS, Sampler, look_alikes, sampler
+from metricface.training.components import build, by_name, find
 from metricface.training.objective import (
     GivenPairs,
     HeadObjective,
@@ -28,15 +24,8 @@ from metricface.training.objective import (
     SumObjective,
     mines_for_itself,
 )
-from metricface.training.recipe import Component, LookAlikes, Recipe, Stage, Term
-from samplers import IdentityBalancedBatchSampler, ImageBatchSampler, LookAlikeBatchSampler, PairBatchSampler
-from samplers.look_alikes import PLANNED_AHEAD
-
-Sampler = IdentityBalancedBatchSampler | ImageBatchSampler | LookAlikeBatchSampler | PairBatchSampler
-
-
-def _by_name(*parts: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    return {part.__name__: part for part in parts}
+from metricface.training.recipe import Component, Recipe, Stage, Term
+from samplers import PairBatchSampler
 
 
 def _classes(module: Any) -> list[Callable[..., Any]]:
@@ -44,8 +33,8 @@ def _classes(module: Any) -> list[Callable[..., Any]]:
     return [getattr(module, name) for name in module.__all__ if inspect.isclass(getattr(module, name))]
 
 
-HEADS = _by_name(*_classes(heads))
-LOSSES = _by_name(
+HEADS = by_name(*_classes(heads))
+LOSSES = by_name(
     *_classes(losses),
     mined.BatchAllTripletLoss,
     mined.BatchHardTripletLoss,
@@ -53,7 +42,7 @@ LOSSES = _by_name(
     mined.AllPairsContrastiveLoss,
     mined.AllPairsMarginBasedLoss,
 )
-MINERS = _by_name(
+MINERS = by_name(
     miners.BatchAllMiner,
     miners.BatchHardMiner,
     miners.CurriculumMiner,
@@ -65,12 +54,9 @@ MINERS = _by_name(
     miners.RandomMiner,
     miners.SemiHardMiner,
 )
-SAMPLERS = _by_name(ImageBatchSampler, IdentityBalancedBatchSampler, LookAlikeBatchSampler, PairBatchSampler)
-# What the trainer gives a sampler, beside images or labels.
-GIVEN = ("seed", "rank", "world_size", "neighbours")
 # Losses of pairs: without a miner they take the pairs of a PairBatchSampler as they are, others all of the batch.
 OF_PAIRS = (losses.ContrastiveLoss, losses.DeepID2Loss)
-OPTIMIZERS = _by_name(SGD, Adam, AdamW)
+OPTIMIZERS = by_name(SGD, Adam, AdamW)
 # What the trainer knows and a recipe does not say.
 SIZES = ("num_classes", "embedding_dim")
 # Of the parts made only to try numbers on: a matrix for every class of a large set would take gigabytes.
@@ -79,44 +65,13 @@ TRIAL_CLASSES = 10
 DEFAULT_OPTIMIZER = Component("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True})
 
 
-def build(kind: str, component: Component, known: Mapping[str, Callable[..., Any]], *fixed: Any, **named: Any) -> Any:
-    """The object that `component` names, made with its options after the arguments the trainer fixes.
-
-    Raises ValueError for an unknown name or option, listing the right ones, and for values that it rejects.
-    """
-    make = _find(kind, component, known, len(fixed), tuple(named))
-    try:
-        return make(*fixed, **named, **component.options)
-    except TypeError as error:
-        raise ValueError(f"The {kind} {component.name} cannot be made from {component.options}: {error}.") from error
-
-
-def _find(
-    kind: str,
-    component: Component,
-    known: Mapping[str, Callable[..., Any]],
-    fixed: int = 0,
-    named: tuple[str, ...] = (),
-) -> Callable[..., Any]:
-    """What makes the component, its name and the names of its options checked."""
-    if component.name not in known:
-        raise ValueError(f"The recipe names the {kind} {component.name!r}; known are {', '.join(sorted(known))}.")
-    make = known[component.name]
-    accepted = [name for name in list(inspect.signature(make).parameters)[fixed:] if name not in named]
-    unknown = [option for option in component.options if option not in accepted]
-    if unknown:
-        right = ", ".join(accepted) or "none"
-        raise ValueError(f"The {kind} {component.name} has no option {', '.join(unknown)}; its options are: {right}.")
-    return make
-
-
 def _sized(kind: str, component: Component, num_classes: int, embedding_dim: int) -> nn.Module:
     """A head or loss, given the number of classes and dimensions where its constructor takes them.
 
     So a loss that may keep one number for all classes, or one for each, keeps one for each.
     """
     known = HEADS if kind == "head" else LOSSES
-    make = _find(kind, component, known, named=SIZES)
+    make = find(kind, component, known, named=SIZES)
     sizes = dict(zip(SIZES, (num_classes, embedding_dim), strict=True))
     taken = {name: size for name, size in sizes.items() if name in inspect.signature(make).parameters}
     made: nn.Module = build(kind, component, known, **taken)
@@ -126,7 +81,7 @@ def _sized(kind: str, component: Component, num_classes: int, embedding_dim: int
 def check_names(recipe: Recipe) -> None:
     """Raise ValueError for parts, options and scheduled numbers that do not exist, before any image is read."""
     for stage in recipe.stages:
-        _find("sampler", stage.sampler, SAMPLERS, 1, GIVEN)
+        find("sampler", stage.sampler, SAMPLERS, 1, GIVEN)
         for term in stage.terms():
             for kind, component, known in (
                 ("head", term.head, HEADS),
@@ -134,9 +89,9 @@ def check_names(recipe: Recipe) -> None:
                 ("miner", term.miner, MINERS),
             ):
                 if component is not None:
-                    _find(kind, component, known, named=("generator", *SIZES))
+                    find(kind, component, known, named=("generator", *SIZES))
         if stage.optimizer is not None:
-            _find("optimizer", stage.optimizer, OPTIMIZERS, 1, ("lr",))
+            find("optimizer", stage.optimizer, OPTIMIZERS, 1, ("lr",))
         _check_scheduled(stage, recipe.model.embedding_dim)
 
 
@@ -247,74 +202,6 @@ def model(recipe: Recipe, on: torch.device, begun: Embedder | None = None) -> nn
     return made.to(device=on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def sampler(stage: Stage, images: ImageSet, seed: int) -> Sampler:
-    """Batches for a stage over the training people.
-
-    People with one image offer no positive pair. Where the recipe does not say how many of them a batch of identities
-    takes as negatives (`singletons_per_batch`), it takes as many as it has identities, if there are so many. The option
-    `groups` of a recipe is a regular expression with one group, searched in each image's key: what it captures is the
-    camera, session, ... of the image. A LookAlikeBatchSampler knows nobody's look-alikes yet.
-    """
-    name, options = stage.sampler.name, dict(stage.sampler.options)
-    if name == ImageBatchSampler.__name__:
-        plain: Sampler = build("sampler", stage.sampler, SAMPLERS, len(images), seed=seed)
-        return plain
-    if options.get("groups") is not None:
-        options["groups"] = captured(images.keys, str(options["groups"]))
-    known: dict[str, Any] = {"seed": seed}
-    if name != PairBatchSampler.__name__:
-        singles = int((images.counts() == 1).sum())
-        options.setdefault("singletons_per_batch", min(singles, options.get("identities_per_batch", 0)))
-    if name == LookAlikeBatchSampler.__name__:
-        known["neighbours"] = np.full((len(images.identities), 1), -1)
-    made: Sampler = build("sampler", Component(name, options), SAMPLERS, images.labels, **known)
-    return made
-
-
-def look_alikes(
-    stage: Stage, batches: Sampler, images: ImageSet, workers: int, on: torch.device
-) -> LookAlikeTables | None:
-    """What makes the tables of the stage's sampler, if it needs any. Raises ValueError where that cannot work."""
-    if not isinstance(batches, LookAlikeBatchSampler):
-        return None
-    asked = stage.look_alikes or LookAlikes()
-    ahead = PLANNED_AHEAD + 2 * workers  # of training: what the sampler has planned and torch's loader fetched
-    if asked.delay <= ahead:
-        raise ValueError(
-            f"look_alikes.delay={asked.delay} must be above {ahead}: so many batches are planned or fetched before "
-            "training gets them."
-        )
-    try:
-        faiss_module()
-    except ImportError as error:
-        raise ValueError(f"LookAlikeBatchSampler: {error}") from error
-    return LookAlikeTables(asked, batches, images, on)
-
-
-def describe(batches: Sampler) -> str:
-    """One line about the batches of a stage: how many, of what, and whom they leave out."""
-    text = f"{len(batches):,} batches an epoch"
-    if isinstance(batches, ImageBatchSampler):
-        return f"{text}, each image once"
-    if isinstance(batches, PairBatchSampler):
-        text += f" of {batches.positive_pairs} positive and {batches.negative_pairs} negative pairs"
-        single = batches.single_image_identities
-        return f"{text}; {single:,} people with one image in negative pairs only" if single else text
-    text += f" of {batches.identities_per_batch} identities x {batches.images_per_identity} images"
-    if isinstance(batches, LookAlikeBatchSampler):
-        text += f" ({batches.look_alikes_per_batch} of them look-alikes)"
-    elif batches.identity_weights != "uniform":
-        most, asked = batches.realised_shares.max(), batches.asked_shares.max()
-        text += f" (the one with most images has {most:.2%} of the visits; by {batches.identity_weights} {asked:.2%})"
-    if batches.singletons_per_batch:
-        text += f" + {batches.singletons_per_batch} people with one image, as negatives"
-    if batches.left_out_identities:
-        text += (
-            f"; {batches.left_out_identities:,} identities ({batches.left_out_images:,} images) left out as too small"
-        )
-    return text
-
-
 def objective(stage: Stage, recipe: Recipe, num_classes: int, batches: Sampler | None = None) -> SumObjective:
     """What a stage minimises; class-wise parts are sized to the training people.
 
@@ -398,27 +285,3 @@ def _rehearsed(batches: Sampler, embedding_dim: int) -> tuple[torch.Tensor, torc
         labels = torch.zeros(2 * batches.pairs_per_batch, dtype=torch.int64)
         labels[batches.indices_tuple[3]] = 1
     return torch.randn(len(labels), embedding_dim, generator=torch.Generator().manual_seed(0)), labels
-
-
-def ignore_interrupts(_: int) -> None:
-    """For workers: Ctrl-C reaches the whole group of processes, and it is the trainer that ends the run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[ImageBatch]:
-    """Whole batches of a set; read ahead by `workers` processes (0 for a set in memory, where a batch is one copy).
-
-    Workers live as long as the loader: starting them anew each epoch would fork beside a thread that looks for
-    look-alikes, and a child can inherit a lock that is never released.
-    """
-    # Its own generator: each pass over a loader draws a number, and a resumed run makes one pass more.
-    own = torch.Generator()
-    return DataLoader(
-        images,
-        batch_sampler=batches,
-        collate_fn=keep,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=ignore_interrupts,
-        generator=own,
-    )

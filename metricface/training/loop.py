@@ -16,7 +16,7 @@ from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
 from metricface.models.embedder import Embedder
 from metricface.monitoring.board import Board
-from metricface.training import assemble, checkpoint, stages
+from metricface.training import assemble, batches, checkpoint, contradictions, stages
 from metricface.training import recipe as recipes
 from metricface.training.held_out import Figures, HeldOut, Scored
 from metricface.training.look_alikes import ClassWeights
@@ -126,7 +126,7 @@ def train(
     training), OSError where `folder` cannot be written, and TrainingDivergedError where a stage diverges: the report
     and the embedder then hold what the stages before it came to.
     """
-    recipes.check(recipe)
+    contradictions.check(recipe)
     assemble.check_names(recipe)
     run = _prepare(recipe, folder, say)
     state = checkpoint.load(folder / CHECKPOINT, run.device) if resume else None
@@ -196,7 +196,7 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
         run.say(f"Going on with stage {stage.name!r} at step {under_way.clock.steps:,}.")
     else:
         run._start_weights = _copy(run.model)
-        run.say(f"stage {stage.name}: {assemble.describe(under_way.sampler)}")
+        run.say(f"stage {stage.name}: {batches.describe(under_way.sampler)}")
         if stage.class_means:
             stages.start_from_class_means(under_way, run.people, run.model, run.device)
         stages.find_look_alikes(under_way, run.model, run.class_vectors)

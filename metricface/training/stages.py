@@ -16,7 +16,7 @@ from metricface.data.images import ImageBatch
 from metricface.diagnostics import embedding_statistics
 from metricface.heads.base import Head
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
-from metricface.training import assemble
+from metricface.training import assemble, batches
 from metricface.training.held_out import embed
 from metricface.training.look_alikes import ClassWeights, LookAlikeTables, NoTableError
 from metricface.training.objective import SumObjective
@@ -38,7 +38,7 @@ class StageRun:
     stage: Stage
     objective: SumObjective
     optimizer: Optimizer
-    sampler: assemble.Sampler
+    sampler: batches.Sampler
     clock: Clock
     augmenting: torch.Generator
     precision: torch.dtype
@@ -67,7 +67,7 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
     """Make a stage's own sampler, objective and optimiser; the trunk goes on from the stage before."""
     stage = recipe.stages[index]
     seed = recipe.seed + 1000 * index
-    sampler = assemble.sampler(stage, people.training, seed)
+    sampler = batches.sampler(stage, people.training, seed)
     objective = assemble.objective(stage, recipe, len(people.training.identities), sampler).to(device)
     return StageRun(
         stage=stage,
@@ -77,7 +77,7 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
         clock=_clock(stage, recipe, len(sampler)),
         augmenting=torch.Generator(device).manual_seed(seed),
         precision=assemble.precision(recipe.precision, device),
-        look_alikes=assemble.look_alikes(stage, sampler, people.training, recipe.data.workers, device),
+        look_alikes=batches.look_alikes(stage, sampler, people.training, recipe.data.workers, device),
     )
 
 
@@ -133,17 +133,17 @@ def train(
     Raises TrainingDivergedError when the loss is not finite, before anything of it can reach a checkpoint.
     """
     stage, clock = run.stage, run.clock
-    loader = assemble.loader(people.training, run.sampler, 0 if people.in_memory else recipe.data.workers)
+    loader = batches.loader(people.training, run.sampler, 0 if people.in_memory else recipe.data.workers)
     model.train()
     if stage.batch_norm == "frozen":
         freeze_batch_norm(model)
     saved_at, bar = clock.elapsed, _bar(run)
-    batches = _endless(loader)
+    endless = _endless(loader)
     tables = run.look_alikes
     clock.start()
     with tables or contextlib.nullcontext():
         while clock.progress < 1.0 and not stopped():
-            batch = _next(batches, run)  # not before the test above: a batch that was pulled counts as trained on
+            batch = _next(endless, run)  # not before the test above: a batch that was pulled counts as trained on
             rate = _set_learning_rate(run)
             numbers = run.objective.follow(clock.progress)
             loss, embeddings, labels = _step(run, recipe, people, model, batch, device)
@@ -173,9 +173,9 @@ def train(
     _check_weights(run, model)
 
 
-def _next(batches: Iterator[ImageBatch], run: StageRun) -> ImageBatch:
+def _next(endless: Iterator[ImageBatch], run: StageRun) -> ImageBatch:
     try:
-        return next(batches)
+        return next(endless)
     except NoTableError as error:
         raise _without_table(run, error) from error
 

@@ -9,7 +9,7 @@ import yaml
 
 from metricface.cli.arguments import parse
 from metricface.training.assemble import check_names
-from metricface.training.recipe import check
+from metricface.training.contradictions import check
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

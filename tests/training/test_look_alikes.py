@@ -10,12 +10,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metricface.training import assemble, look_alikes, loop, stages
+from metricface.training import assemble, batches, look_alikes, loop, stages
+from metricface.training.contradictions import check
 from metricface.training.held_out import embed
 from metricface.training.look_alikes import LookAlikeTables
 from metricface.training.loop import train
 from metricface.training.people import gather
-from metricface.training.recipe import Component, LookAlikes, Recipe, Term, check
+from metricface.training.recipe import Component, LookAlikes, Recipe, Term
 from metricface.training.schedules import Clock
 from metricface.training.stages import TrainingDivergedError
 from samplers import LookAlikeBatchSampler
@@ -105,7 +106,7 @@ def test_the_table_decides_which_people_meet(alike: Recipe, tmp_path: Path) -> N
         run = train(alike, tmp_path / str(number), say=quiet)
         sampler = stages.begin(1, alike, run.people, run.model, run.device).sampler
         assert isinstance(sampler, LookAlikeBatchSampler)
-        tables = assemble.look_alikes(alike.stages[1], sampler, run.people.training, 0, run.device)
+        tables = batches.look_alikes(alike.stages[1], sampler, run.people.training, 0, run.device)
         assert tables is not None
         tables.first(run.model, None)
         assert sampler.state_dict()["neighbours"][0]["table"].shape == (29, number)
@@ -303,16 +304,16 @@ def test_a_stage_of_pairs_trains_on_just_these_pairs(recipe: Recipe, tmp_path: P
     stage.miner, stage.loss = None, Component("ContrastiveLoss")
     run = train(recipe, tmp_path / "run", say=quiet)
     assert run.stage_reports[1]["images"] == 5 * 24
-    batches = assemble.sampler(stage, run.people.training, 0)
-    batch = next(iter(batches))
-    goal = assemble.objective(stage, recipe, 29, batches)
+    made = batches.sampler(stage, run.people.training, 0)
+    batch = next(iter(made))
+    goal = assemble.objective(stage, recipe, 29, made)
     labels = torch.from_numpy(run.people.training.labels[batch])
     x = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
-    expected = goal.parts["loss"].loss(x, labels, batches.indices_tuple)  # type: ignore[union-attr,operator]
+    expected = goal.parts["loss"].loss(x, labels, made.indices_tuple)  # type: ignore[union-attr,operator]
     assert goal(x, labels) == expected
     everything = goal.parts["loss"].loss(x, labels)  # type: ignore[operator]
     assert goal(x, labels) != everything
-    assert assemble.describe(batches).endswith("of 3 positive and 9 negative pairs")
+    assert batches.describe(made).endswith("of 3 positive and 9 negative pairs")
 
 
 def test_groups_are_what_a_pattern_finds_in_the_keys_of_images(recipe: Recipe, tmp_path: Path) -> None:
@@ -321,17 +322,17 @@ def test_groups_are_what_a_pattern_finds_in_the_keys_of_images(recipe: Recipe, t
     run = train(recipe, tmp_path / "run", say=quiet)
     images = run.people.training
     stage.sampler.options["groups"] = r"([0-2]|[3-5])$"
-    batches = assemble.sampler(stage, images, 0)
-    for batch in batches:
+    made = batches.sampler(stage, images, 0)
+    for batch in made:
         for one, other in np.array(batch[:16]).reshape(-1, 2):
             assert images.keys[one][-1] != images.keys[other][-1]
     stage.sampler.options["groups"] = "(camera_[0-9])"
     with pytest.raises(ValueError, match="captures nothing in 174 of 174 names"):
-        assemble.sampler(stage, images, 0)
+        batches.sampler(stage, images, 0)
 
 
 def test_weighted_identities_are_described_with_their_shares(recipe: Recipe, people_folder: Path) -> None:
     recipe.stages[1].sampler.options["identity_weights"] = "count"
     people = gather(recipe.data, 0)
-    said = assemble.describe(assemble.sampler(recipe.stages[1], people.training, 0))
+    said = batches.describe(batches.sampler(recipe.stages[1], people.training, 0))
     assert "the one with most images has 3.45% of the visits; by count 3.45%" in said

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 
+from metricface.training.contradictions import check
 from metricface.training.recipe import (
     Component,
     Recipe,
@@ -10,7 +11,6 @@ from metricface.training.recipe import (
     Term,
     as_dict,
     budget_seconds,
-    check,
     differences,
 )
 
