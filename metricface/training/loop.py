@@ -128,7 +128,7 @@ def train(
     """
     contradictions.check(recipe)
     assemble.check_names(recipe)
-    run = _prepare(recipe, folder, say)
+    run = _prepare(recipe, folder, say, resume=resume)
     state = checkpoint.load(folder / CHECKPOINT, run.device) if resume else None
     if state is not None:
         run.restore(state)
@@ -148,7 +148,7 @@ def train(
     return run
 
 
-def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
+def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], *, resume: bool) -> Run:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = assemble.device(recipe.device)
@@ -157,7 +157,7 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Run:
         say(line)
     assemble.rehearse(recipe, people.training)
     torch.manual_seed(recipe.seed)
-    start = assemble.start(recipe)
+    start = None if resume else assemble.start(recipe)  # the checkpoint has weights of its own
     model = assemble.model(recipe, device, start)
     parameters = sum(p.numel() for p in model.parameters())
     say(

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,19 @@ def test_a_run_starts_from_an_exported_embedder_of_the_same_people(recipe: Recip
     train(recipe, tmp_path / "third", say=said.append)
     report = json.loads((tmp_path / "third" / "report.json").read_text())
     assert "some that are scored here may have been trained on there" in report["notes"][0]
+
+
+def test_a_run_goes_on_without_the_embedder_that_it_started_from(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.stages = recipe.stages[:1]
+    recipe.stages[0].steps = 2
+    train(recipe, tmp_path / "first", say=quiet)
+    recipe.model.start, recipe.seed = str(tmp_path / "first" / "model"), 1
+    asked = iter([False, True, True])
+    assert train(recipe, tmp_path / "second", stopped=lambda: next(asked), say=quiet).interrupted
+    shutil.rmtree(tmp_path / "first")
+    run = train(recipe, tmp_path / "second", resume=True, say=quiet)
+    assert not run.interrupted
+    assert "may have been trained on there" in run.notes[0]
 
 
 @pytest.mark.parametrize(
