@@ -62,6 +62,19 @@ def look_alikes(share: float, neighbourhood: int = 4, **tables: Any) -> Callable
     return change
 
 
+def mostly_mined(batches: Callable[[Recipe], None] = lambda recipe: None) -> Callable[[Recipe], None]:
+    """The recipe with four fifths of the time mined, in small batches, at a higher rate: where mining has to do it."""
+
+    def change(recipe: Recipe) -> None:
+        first, *_, last = recipe["stages"]
+        first["share"], last["share"] = 0.2, 0.8
+        last["learning_rate"] = 0.02
+        last["sampler"]["options"] = {"identities_per_batch": 24, "images_per_identity": 3}
+        batches(recipe)
+
+    return change
+
+
 VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "recipe": lambda recipe: None,
     "softmax": only(SOFTMAX),
@@ -76,6 +89,8 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "look_alikes_75": look_alikes(0.75, neighbourhood=8),
     "look_alikes_50_renewed": look_alikes(0.5, every_steps=50),
     "look_alikes_50_wide": look_alikes(0.5, neighbours=100),
+    "mostly_mined": mostly_mined(),
+    "mostly_mined_look_alikes_75": mostly_mined(look_alikes(0.75, neighbourhood=8, every_steps=300)),
 }
 
 
@@ -96,17 +111,21 @@ def main() -> None:
             recipe = yaml.safe_load(arguments.recipe.read_text()) | {"budget": arguments.budget, "seed": seed}
             VARIANTS[variant](recipe)
             if arguments.share_first_stage:
-                recipe = after_first_stage(recipe, arguments.output / f"first-{seed}", settings)
+                recipe = after_first_stage(recipe, arguments.output, settings)
             reports.setdefault(variant, []).append(run(recipe, arguments.output / f"{variant}-{seed}", settings))
     print(table(reports, since=0 if arguments.share_first_stage else 1))
 
 
-def after_first_stage(recipe: Recipe, folder: Path, settings: list[str]) -> Recipe:
-    """The recipe without its first stage, going on from that stage's weights; they are trained where nobody has yet."""
+def after_first_stage(recipe: Recipe, output: Path, settings: list[str]) -> Recipe:
+    """The recipe without its first stage, going on from that stage's weights; they are trained where nobody has yet.
+
+    A first stage is known by its length and its seed: variants with another share of it have one of their own.
+    """
     first, *rest = recipe["stages"]
     shares = [stage["share"] for stage in recipe["stages"]]
     seconds = budget_seconds(recipe["budget"])
     budgets = [f"{seconds * part / sum(shares):.1f}s" for part in (shares[0], sum(shares[1:]))]
+    folder = output / f"first-{budgets[0]}-{recipe['seed']}"
     run(recipe | {"stages": [first], "budget": budgets[0]}, folder, settings)
     model = recipe.get("model", {}) | {"start": str(folder / "model")}
     return recipe | {"stages": rest, "budget": budgets[1], "model": model}
