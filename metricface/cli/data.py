@@ -17,15 +17,19 @@ from metricface.cli.train import INTERRUPTED
 from metricface.data.folders import FolderImages
 from metricface.data.images import ImageSet, keep
 from metricface.label_noise.findings import Source, Thresholds, find_all
-from metricface.label_noise.proposal import CONFIDENT
-from metricface.label_noise.report import FILTER, GALLERY, SUMMARY, write_report
+from metricface.label_noise.proposal import CONFIDENT, check_confident
+from metricface.label_noise.report import GALLERY, SUMMARY, write_report
 from metricface.miners.dataset.embedding_file import embed_to_file
 from metricface.models.embedder import CARD, Embedder
+from metricface.training.assemble import device
 
 NOISE = """Look for wrong labels and repeated images in a folder of people: likely duplicates, images far from their own
 identity, one person under two labels, two people under one label, and what the folder shares with a test set. The
 report is a folder of tables (CSV), pictures (gallery/*.png), a summary and a proposed filter, which training applies
 with --data.filter once you have looked through it."""
+
+
+TAG_LETTERS = 12  # of a tag, in the name of a file of embeddings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def noise(arguments: argparse.Namespace) -> None:
     """Embed, look for everything, write the report and print a summary."""
     thresholds = Thresholds(arguments.false_share, arguments.probability)
+    _check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    embedder = metricface.load(arguments.model, device=arguments.device)
+    embedder = metricface.load(arguments.model, device=device(arguments.device))
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     training = _source("training", arguments.data, embedder, arguments)
@@ -56,6 +61,23 @@ def noise(arguments: argparse.Namespace) -> None:
     findings = find_all(training, test, thresholds=thresholds, pixels=not arguments.no_pixels, seed=arguments.seed)
     summary = write_report(findings, output, confident=arguments.confident)
     print(_summary(summary, output))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for arguments that would fail, or do harm, after everything is read and embedded."""
+    check_confident(arguments.confident)
+    for name, least in (("threads", 1), ("seed", 0), ("memory_mib", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; found {value}.")
+    output = Path(arguments.output).resolve()
+    for name in ("data", "test"):
+        folder = getattr(arguments, name)
+        if folder is not None and output.is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"--output {arguments.output} lies in --{name} {folder}: its pictures would be taken for people there. "
+                "Give a folder elsewhere."
+            )
 
 
 def _source(name: str, folder: str, embedder: Embedder, arguments: argparse.Namespace) -> Source:
@@ -70,9 +92,9 @@ def _source(name: str, folder: str, embedder: Embedder, arguments: argparse.Name
         images = read(progress=advance)
     print(f"{name:<10} {images.describe()}")
     tag = _tag(Path(arguments.model), found, images, arguments.flip)
-    path = Path(arguments.output) / f"embeddings_{name}_{tag[:12]}.npy"
-    for old in path.parent.glob(f"embeddings_{name}_*"):  # of other weights or images
-        if not old.name.startswith(path.name):
+    path = Path(arguments.output) / f"embeddings_{name}_{tag[:TAG_LETTERS]}.npy"
+    for old in path.parent.glob(f"embeddings_{name}_{'[0-9a-f]' * TAG_LETTERS}.npy*"):  # of other weights or images
+        if old.name.removesuffix(".json").endswith(".npy") and not old.name.startswith(path.name):
             old.unlink()
     model = _Mirrored(embedder.model) if arguments.flip else embedder.model
     with tqdm(total=len(images), desc=f"embedding {name}", leave=False) as bar:
@@ -82,7 +104,7 @@ def _source(name: str, folder: str, embedder: Embedder, arguments: argparse.Name
             return embedder.preprocessing.to_input(batch.images)
 
         embeddings = embed_to_file(
-            model, images, path, collate_fn=keep, prepare=prepare, device=arguments.device, tag=tag
+            model, images, path, collate_fn=keep, prepare=prepare, device=device(arguments.device), tag=tag
         )
     return Source(images, embeddings)
 
@@ -124,14 +146,13 @@ def _summary(summary: dict[str, Any], output: Path) -> str:
     alone, few = misplaced["not_judged_alone_in_their_identity"], misplaced["not_judged_too_few_alike"]
     lines.append(
         f"not judged {alone:,} images alone in their identity, {few:,} with too few alike; "
-        f"{parted['not_judged']:,} identities too small to part"
+        f"{parted['not_judged']:,} identities not parted (too few images, or too few identities with enough)"
     )
     if duplicates["confirmed_by"] != "pixels":
         lines.append("duplicates were told by their embeddings alone: pictures of one moment are among them")
-    lines.append(
-        f"Look at {output / GALLERY}, then edit {output / FILTER} ({summary['proposed_filter']['lines']:,} lines)"
-    )
-    lines.append(f"and train with --data.filter {output / FILTER}. Figures: {output / SUMMARY}")
+    proposed = summary["proposed_filter"]
+    lines.append(f"Look at {output / GALLERY}, then edit {output / proposed['file']} ({proposed['lines']:,} lines)")
+    lines.append(f"and train with --data.filter {output / proposed['file']}. Figures: {output / SUMMARY}")
     return "\n".join(lines)
 
 
@@ -165,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "--flip", action="store_true", help="embed mirror images, too: better for faces, twice the time"
     )
     command.add_argument("--seed", type=int, default=0, help="of the simulated errors")
-    command.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    command.add_argument("--device", default="cpu", help="auto, cpu, cuda, ...")
     command.add_argument("--threads", type=int, help="CPU threads of torch")
     command.add_argument(
         "--memory-mib", type=int, default=4096, help="decoded images up to this size stay in memory (default 4096)"

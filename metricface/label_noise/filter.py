@@ -56,7 +56,7 @@ class FilterCounts(NamedTuple):
         text += f"; identities: {len(self.gone):,} gone" + (f", {len(self.new):,} new" if self.new else "")
         text += f"; {self.held_out:,} lines on held-out images not applied" if self.held_out else ""
         if self.unknown:
-            shown = ", ".join(self.unknown[:3]) + (", ..." if len(self.unknown) > 3 else "")
+            shown = ", ".join(map(_shown, self.unknown[:3])) + (", ..." if len(self.unknown) > 3 else "")
             text += f"; {len(self.unknown):,} lines name no image: {shown}"
         return text
 
@@ -94,7 +94,8 @@ def apply_filter(images: ImageSet, decisions: Iterable[Decision], *, held_out: I
     decisions: at most one for each key. held_out: images that are scored and stay as they are: lines on them do
     nothing, and an image that is relabelled to one of their identities is dropped, for nobody may be on both sides.
     Identities of the result are sorted by name; images keep their order, `skipped` stays. Without any effect the very
-    set is returned. Raises ValueError where keys are not distinct, no image would be left, or an action is unknown.
+    set is returned. Raises ValueError where keys are not distinct, no image would be left, a decision is none or
+    one of two on one key, or none of them names an image: the filter is of another set then.
     """
     places = {key: index for index, key in enumerate(images.keys)}
     if len(places) != len(images.keys):
@@ -105,8 +106,13 @@ def apply_filter(images: ImageSet, decisions: Iterable[Decision], *, held_out: I
     stays = np.ones(len(images), dtype=bool)
     unknown: list[str] = []
     counts = dict.fromkeys(("dropped", "relabelled", "unchanged", "held_out", "shows_held_out"), 0)
+    decisions = list(decisions)
+    if len({decision.key for decision in decisions}) != len(decisions):
+        raise ValueError("a filter decides once about each image; found several decisions on one key.")
     for decision in decisions:
         check_choice("action", decision.action, get_args(Action))
+        if (decision.action == "relabel") != bool(decision.identity):
+            raise ValueError(f"a relabelling names an identity, and a drop none; found {decision!r}.")
         at = places.get(decision.key)
         if at is None and decision.key not in scored:
             unknown.append(decision.key)
@@ -116,6 +122,11 @@ def apply_filter(images: ImageSet, decisions: Iterable[Decision], *, held_out: I
         if at is not None:
             stays[at] = what not in ("dropped", "shows_held_out")
             names[at] = decision.identity if what == "relabelled" else names[at]
+    if unknown and len(unknown) == len(decisions):
+        raise ValueError(
+            f"none of the {len(unknown):,} lines of the filter names an image of this set (first: "
+            f"{_shown(unknown[0])}; an image here: {_shown(images.keys[0])}). Give the filter of this folder."
+        )
     index = np.flatnonzero(stays).astype(np.int64)
     if not len(index):
         raise ValueError(f"the filter drops all {len(images):,} images of the set; take lines out of it.")
@@ -144,6 +155,11 @@ class Relabelled(ImageSet):
         return self._source.read(self._index[np.asarray(indices, dtype=np.int64)])
 
 
+def _shown(key: str) -> str:
+    """A key as any terminal can print it: names of files may be no UTF-8."""
+    return key.encode("utf-8", "replace").decode()
+
+
 def _effect(decision: Decision, name: str, strangers: set[str]) -> str:
     if decision.action == "drop":
         return "dropped"
@@ -154,6 +170,8 @@ def _effect(decision: Decision, name: str, strangers: set[str]) -> str:
 
 def _decision(where: str, key: str, action: str, identity: str) -> Decision:
     action = action.strip()
+    if not key:
+        raise ValueError(f"{where}: the cell of the key is empty; it names the image.")
     if action == "drop" and not identity:
         return Decision(key, "drop")
     if action == "relabel" and identity:

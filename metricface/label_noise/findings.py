@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metricface.choices import is_number
 from metricface.data.images import ImageSet
 from metricface.label_noise.duplicates import Duplicates, find_duplicates
 from metricface.label_noise.misplaced import DEFAULT_PROBABILITY, Misplaced, find_misplaced
@@ -25,10 +26,10 @@ class Thresholds:
     probability: float = DEFAULT_PROBABILITY
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.false_share < 1.0:
-            raise ValueError(f"false_share lies between 0 and 1; found {self.false_share}.")
-        if not 0.0 < self.probability <= 1.0:
-            raise ValueError(f"probability lies above 0 and at most at 1; found {self.probability}.")
+        if not is_number(self.false_share) or not 0.0 < self.false_share < 1.0:
+            raise ValueError(f"false_share lies between 0 and 1; found {self.false_share!r}.")
+        if not is_number(self.probability) or not 0.0 < self.probability <= 1.0:
+            raise ValueError(f"probability lies above 0 and at most at 1; found {self.probability!r}.")
 
 
 @dataclass(frozen=True)

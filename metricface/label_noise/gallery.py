@@ -61,8 +61,9 @@ def write_sheets(folder: Path, name: str, panels: Sequence[Panel]) -> list[Path]
 
 
 def shortened(text: str, length: int) -> str:
-    """The text, or its beginning and end with an ellipsis between, of at most `length` characters."""
-    shown = text.encode("utf-8", "replace").decode()  # names that are no UTF-8 have no glyphs
+    """The text, or its beginning and end with an ellipsis between, of at most `length` characters, on one line."""
+    # Bytes that are no UTF-8, line breaks and other controls have no glyphs.
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     if len(shown) <= length:
         return shown
     tail = (length - 1) * 2 // 3  # numbers and extensions are at the end

@@ -22,6 +22,7 @@ Codes = NDArray[np.integer[Any]]
 # people say little about the smallest ones. On LFW with planted noise 0.3 ranks better than 0.02 (0.22 against 0.17).
 SHRINKAGE = 0.3
 NUMBERS_PER_BLOCK = 1 << 18  # of pairs that are compared at once: 2 MiB a table, so that all fit a cache
+LEAST_WITHIN = 1e-10  # variance within people of copies of one picture; of unit rows, whose rounding has 1e-15
 LEAST_SPREAD = 1e-3  # directions in which people differ less than this, with 1 within people, say nothing
 
 
@@ -100,7 +101,7 @@ def fit_likeness(rows: UnitRows, codes: Codes, images: Counts, *, shrinkage: flo
     about = centres - overall
     # Means of few images vary about their people, too.
     between = about.T.astype(np.float64) @ about / len(images) - within * np.mean(1.0 / images)
-    within += np.eye(len(within)) * (shrinkage * np.trace(within) / len(within) + np.finfo(np.float32).tiny)
+    within += np.eye(len(within)) * (shrinkage * np.trace(within) / len(within) + LEAST_WITHIN)
     whiten = np.linalg.inv(np.linalg.cholesky(within))
     spread, directions = np.linalg.eigh(whiten @ between @ whiten.T)
     telling = spread > LEAST_SPREAD

@@ -35,14 +35,20 @@ class People:
     embeddings: (N, D), array, memory map or CPU tensor of any floating type, of any length but 0; kept, not copied.
     labels: (N,) whole numbers or strings. model: of another set, whose coordinates are then used; for a test set that
         is compared with a training set. options: of the EmbeddingIndex.
-    Raises ValueError for lengths that differ, rows without a direction, and a set from which no model can be fitted.
-    Memory: the means, C x d, an index of them, and blocks of rows.
+    Raises ValueError for lengths that differ, rows without a direction, a set from which no model can be fitted, and
+    embeddings of another width than the model's.
+    Memory: the means, C x d, an index of them, blocks of rows, and once images are looked up an index of all of them.
     """
 
     def __init__(
         self, embeddings: Embeddings, labels: Labels, *, model: Likeness | None = None, **options: Unpack[IndexOptions]
     ) -> None:
         self.rows, self.table = matched(embeddings, labels)
+        if model is not None and self.rows.shape[1] != len(model.mean):
+            raise ValueError(
+                f"these embeddings have {self.rows.shape[1]} columns, those of the model {len(model.mean)}: embed both "
+                "sets with one network."
+            )
         self.codes = codes_of(self.table)
         self.model = fit_likeness(self.rows, self.codes, self.table.counts) if model is None else model
         self.means: Rows = means_of(self.model, self.rows, self.codes, self.table.counts)

@@ -4,8 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metricface.choices import is_number
+from metricface.data.images import IntArray
 from metricface.label_noise.filter import Decision
 from metricface.label_noise.findings import Findings
+from metricface.label_noise.likeness import Floats
 
 CONFIDENT = 0.9  # probability of findings that a decision is proposed for; the others are in the report alone
 
@@ -27,10 +30,12 @@ def propose(findings: Findings, *, confident: float = CONFIDENT) -> list[Propose
         identities (above log C nats), else dropped.
     two people under one label, where the strict estimate says so, too: the smaller side gets a name of its own,
         NAME (2).
-    one person under two labels: the images of the smaller identity get the larger one's name, however long the chain.
+    one person under two labels: the images of the smaller identity get the larger one's name, however long the chain;
+        a misplaced image whose nearest identity is such a smaller one, too.
     Images that overlap with a test set are dropped; identities that do are not touched, for names tell nothing about
-    which set is wrong.
+    which set is wrong. Raises ValueError for `confident` outside (0, 1].
     """
+    check_confident(confident)
     found: dict[int, Proposed] = {}
     for propose_some in (_overlap, _duplicates, _misplaced, _parted, _same_person):
         for image, proposed in propose_some(findings, confident, frozenset(found)):
@@ -76,11 +81,14 @@ def _duplicates(findings: Findings, confident: float, taken: frozenset[int]) -> 
 def _misplaced(findings: Findings, confident: float, taken: frozenset[int]) -> _Found:
     found, images = findings.misplaced, findings.images
     least = float(np.log(len(images.identities)))
+    head, _ = _heads(findings, confident)
     decided: _Found = []
     for i in range(int((found.probability[: found.found] >= confident).sum())):
         image = int(found.images[i])
         if found.near[i] > least:
-            name = images.identities[found.nearest[i]]
+            if head[found.nearest[i]] == head[images.labels[image]]:  # both are one person: it is not misplaced
+                continue
+            name = images.identities[head[found.nearest[i]]]
             decision = Decision(images.keys[image], "relabel", name)
             decided.append((image, Proposed(decision, "misplaced", float(found.probability[i]))))
         else:
@@ -103,9 +111,20 @@ def _parted(findings: Findings, confident: float, taken: frozenset[int]) -> _Fou
 
 
 def _same_person(findings: Findings, confident: float, taken: frozenset[int]) -> _Found:
-    pairs, images = findings.same_person, findings.images
-    sizes = images.counts()
-    head = np.arange(len(sizes))  # the identity each is merged into
+    images = findings.images
+    head, share = _heads(findings, confident)
+    decided: _Found = []
+    for row in np.flatnonzero(head != np.arange(len(head))).tolist():
+        for image in np.flatnonzero(images.labels == row).tolist():
+            decision = Decision(images.keys[image], "relabel", images.identities[head[row]])
+            decided.append((image, Proposed(decision, "one person", float(1.0 - share[row]))))
+    return decided
+
+
+def _heads(findings: Findings, confident: float) -> tuple[IntArray, Floats]:
+    """For each identity the largest of those that are one person with it, (C,) rows; and the false share, (C,)."""
+    pairs, sizes = findings.same_person, findings.images.counts()
+    head = np.arange(len(sizes))
     share = np.ones(len(sizes))
     for i in range(int((pairs.false_share[: pairs.found] <= 1.0 - confident).sum())):
         one, two = int(pairs.first[i]), int(pairs.second[i])
@@ -115,12 +134,13 @@ def _same_person(findings: Findings, confident: float, taken: frozenset[int]) ->
         head[group] = largest
         for merged in (one, two):
             share[merged] = min(share[merged], pairs.false_share[i])
-    decided: _Found = []
-    for row in np.flatnonzero(head != np.arange(len(sizes))).tolist():
-        for image in np.flatnonzero(images.labels == row).tolist():
-            decision = Decision(images.keys[image], "relabel", images.identities[head[row]])
-            decided.append((image, Proposed(decision, "one person", float(1.0 - share[row]))))
-    return decided
+    return head, share
+
+
+def check_confident(confident: float) -> None:
+    """Raise ValueError unless this is a probability above 0."""
+    if not is_number(confident) or not 0.0 < confident <= 1.0:
+        raise ValueError(f"confident is a probability, above 0 and at most 1; found {confident!r}.")
 
 
 def _drop(findings: Findings, image: int, kind: str, score: float) -> Proposed:

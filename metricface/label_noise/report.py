@@ -1,5 +1,7 @@
 """Findings as files: a table and pictures of each kind, a summary, and a proposed filter."""
 
+import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,13 +15,15 @@ from metricface.label_noise.duplicates import Duplicates
 from metricface.label_noise.filter import COLUMNS
 from metricface.label_noise.findings import Findings
 from metricface.label_noise.gallery import Frame, Panel, Picture, write_sheets
-from metricface.label_noise.proposal import CONFIDENT, propose
+from metricface.label_noise.proposal import CONFIDENT, check_confident, propose
 from metricface.label_noise.same_person import SamePerson
 from metricface.label_noise.tables import Cell, write_table
 
 SUMMARY = "summary.json"
 FILTER = "proposed_filter.csv"
 GALLERY = "gallery"
+OVERLAP = ("overlap_images", "overlap_people")
+KINDS = ("duplicates", "misplaced", "two_labels", "two_people", *OVERLAP)
 MOST_PANELS = 60  # of a kind in the gallery, the first ones; tables have all
 MOST_PICTURES = 4  # of an identity, evenly taken
 
@@ -40,16 +44,20 @@ PARTED_COLUMNS = ("identity", "key", "side", "probability", "false_share", "evid
 def write_report(findings: Findings, folder: Path, *, confident: float = CONFIDENT) -> dict[str, Any]:
     """Write everything to `folder`, which is made where it is missing; files of an earlier report are replaced.
 
+    But not a proposed filter that somebody has edited since: the new one is then proposed_filter_2.csv, or the next
+    number that is free.
+
     duplicates.csv, misplaced.csv, two_labels.csv (one person under two labels), two_people.csv (two people under one
     label), with a test set overlap_images.csv and overlap_people.csv: the findings, likeliest first. gallery/*.png: the
     first 60 of each. proposed_filter.csv: decisions for those that are right with at least the probability
     `confident`. summary.json: thresholds, counts, what could not be judged. Returns the summary.
-    Raises OSError where a file cannot be written, UnreadableImageError where an image cannot be read.
+    Raises ValueError for `confident` outside (0, 1], OSError where a file cannot be written, UnreadableImageError where
+    an image cannot be read.
     """
+    check_confident(confident)
     gallery = folder / GALLERY
     gallery.mkdir(parents=True, exist_ok=True)
-    for old in gallery.glob("*.png"):
-        old.unlink()
+    _remove_earlier(folder)
     images, test = findings.images, findings.test
     write_table(folder / "duplicates.csv", PAIR_COLUMNS, _pairs(findings.duplicates, images, images))
     write_table(folder / "misplaced.csv", MISPLACED_COLUMNS, _misplaced(findings))
@@ -70,11 +78,46 @@ def write_report(findings: Findings, folder: Path, *, confident: float = CONFIDE
         write_sheets(gallery, name, shown)
     proposed = propose(findings, confident=confident)
     rows = [(*each.decision, each.kind, each.score) for each in proposed]
-    write_table(folder / FILTER, (*COLUMNS, "finding", "score"), rows)
-    summary = summarise(findings) | {"proposed_filter": {"confident": confident, "lines": len(proposed)}}
-    with replacing(folder / SUMMARY) as file:
-        file.write((json.dumps(summary, indent=2, ensure_ascii=True) + "\n").encode())
+    file = _unedited(folder)
+    write_table(file, (*COLUMNS, "finding", "score"), rows)
+    summary = summarise(findings) | {
+        "proposed_filter": {
+            "file": file.name,
+            "sha256": _digest(file),
+            "confident": confident,
+            "lines": len(proposed),
+        }
+    }
+    with replacing(folder / SUMMARY) as written:
+        written.write((json.dumps(summary, indent=2, ensure_ascii=True) + "\n").encode())
     return summary
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Delete sheets of an earlier report, and the tables that this one may not have; nothing else."""
+    for kind in KINDS:
+        for sheet in (folder / GALLERY).glob(f"{kind}_*.png"):
+            if sheet.stem.removeprefix(f"{kind}_").isdecimal():
+                sheet.unlink()
+    for kind in OVERLAP:
+        (folder / f"{kind}.csv").unlink(missing_ok=True)
+
+
+def _unedited(folder: Path) -> Path:
+    """Where a proposed filter may be written: to none that is not as the last report left it."""
+    try:
+        last = json.loads((folder / SUMMARY).read_text())["proposed_filter"]
+        left = folder / Path(last["file"]).name
+        if _digest(left) == last["sha256"]:
+            return left
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no report, or none of ours
+    names = itertools.chain([FILTER], (f"{Path(FILTER).stem}_{number}.csv" for number in itertools.count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def summarise(findings: Findings) -> dict[str, Any]:

@@ -103,6 +103,12 @@ def test_mirrored_embeddings_are_the_sum_of_both(people: Path, model: str, tmp_p
         ({"--model": "nowhere"}, "there is no embedder in nowhere"),
         ({"--false-share": "2"}, "false_share lies between 0 and 1"),
         ({"--probability": "0"}, "probability lies above 0"),
+        ({"--confident": "5"}, "confident is a probability"),
+        ({"--confident": "nan"}, "confident is a probability"),
+        ({"--threads": "0"}, "--threads must be at least 1"),
+        ({"--seed": "-1"}, "--seed must be at least 0"),
+        ({"--memory-mib": "-5"}, "--memory-mib must be at least 0"),
+        ({"--device": "nonsense"}, "device='nonsense' cannot be used here"),
     ],
 )
 def test_bad_input_is_a_clear_error_without_a_traceback(
@@ -113,6 +119,18 @@ def test_bad_input_is_a_clear_error_without_a_traceback(
     error = capsys.readouterr().err
     assert error.startswith("metricface-data: ")
     assert says in error
+
+
+def test_a_report_does_not_go_where_the_people_are(
+    people: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(people.rglob("*"))
+    for output in (people, people / "noise"):
+        assert noise("--data", people, "--model", model, "--output", output) == 1
+        assert "lies in --data" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(people)
+    assert noise("--data", tmp_path / "link", "--model", model, "--output", people / "noise") == 1
+    assert sorted(people.rglob("*")) == before
 
 
 def test_people_with_one_image_each_say_nothing(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,12 +64,12 @@ def test_a_subset_of_what_is_left_reads_the_right_pixels() -> None:
 
 
 def test_lines_that_name_no_image_or_change_nothing_are_counted() -> None:
-    lines = [Decision("Dora/9", "drop"), Decision("Eve/1", "relabel", "Ann"), Decision("Ann/0", "relabel", "Ann")]
+    lines = [Decision("Dora/9", "drop"), Decision("Eve\udcff/1", "relabel", "Ann"), Decision("Ann/0", "relabel", "Ann")]
     found = apply_filter(PEOPLE, lines)
     assert found.images is PEOPLE
-    assert found.counts.unknown == ("Dora/9", "Eve/1")
+    assert found.counts.unknown == ("Dora/9", "Eve\udcff/1")
     assert found.counts.unchanged == 1
-    assert "2 lines name no image: Dora/9, Eve/1" in found.counts.describe()
+    assert "2 lines name no image: Dora/9, Eve?/1" in found.counts.describe()
 
 
 def test_held_out_images_stay_and_images_that_show_held_out_people_go() -> None:
@@ -81,6 +81,26 @@ def test_held_out_images_stay_and_images_that_show_held_out_people_go() -> None:
     counts = found.counts
     assert (counts.held_out, counts.shows_held_out, counts.dropped, counts.relabelled) == (2, 1, 0, 0)
     assert counts.unknown == ()
+
+
+def test_a_filter_of_another_folder_is_an_error() -> None:
+    lines = [Decision("people/Ann/0", "drop"), Decision("people/Ann/1", "drop")]
+    with pytest.raises(ValueError, match=r"none of the 2 lines .* \(first: people/Ann/0; an image here: Ann/0\)"):
+        apply_filter(PEOPLE, lines)
+    assert apply_filter(PEOPLE, []).images is PEOPLE
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([Decision("Ann/0", "drop"), Decision("Ann/0", "relabel", "Beth")], "several decisions on one key"),
+        ([Decision("Ann/0", "relabel")], "a relabelling names an identity"),
+        ([Decision("Ann/0", "drop", "Beth")], "and a drop none"),
+    ],
+)
+def test_decisions_that_cannot_be_meant_are_errors(lines: list[Decision], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        apply_filter(PEOPLE, lines)
 
 
 def test_a_filter_of_everything_is_an_error() -> None:
@@ -103,6 +123,7 @@ def test_a_filter_is_read_with_its_further_columns_passed_over(tmp_path: Path) -
     ("line", "says"),
     [
         ("Ann/1,remove,", "line 3: action 'remove' is unknown"),
+        (",drop,", "line 3: the cell of the key is empty"),
         ("Ann/1,relabel,", "line 3: relabel needs the identity that Ann/1"),
         ("Ann/1,drop,Beth", "line 3: drop takes no identity, found 'Beth'"),
         ("Ann/0,relabel,Beth", "line 3: Ann/0 is to be relabelled to Beth, but line 2 has it dropped"),

@@ -102,3 +102,10 @@ def test_there_may_be_fewer_identities_than_are_asked_for() -> None:
 def test_a_set_that_says_nothing_is_an_error(labels: Labels, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         People(np.random.default_rng(0).normal(size=(40, 8)), labels)
+
+
+def test_a_test_set_of_another_width_is_an_error() -> None:
+    made = simulate(12, 5)
+    people = People(made.embeddings, made.labels)
+    with pytest.raises(ValueError, match="embed both sets with one network"):
+        People(made.embeddings[:, 1:], made.labels, model=people.model)

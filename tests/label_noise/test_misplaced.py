@@ -36,6 +36,16 @@ def test_evidence_is_for_the_identity_without_the_image_itself_and_for_the_neare
         assert found.near[place] == pytest.approx(max(others))
 
 
+def test_copies_of_one_picture_for_each_identity_are_not_misplaced(recwarn: pytest.WarningsRecorder) -> None:
+    made, flipped = flip(simulate(60, 5), 0.03)
+    centres = simulate(60, 1).embeddings
+    found = find_misplaced(People(centres[made.person], made.labels))
+    assert set(found.images[: found.found].tolist()) <= set(flipped.tolist())
+    plain = find_misplaced(People(centres[np.arange(300) // 5], np.arange(300) // 5))
+    assert plain.found == 0
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+
+
 def test_of_two_images_the_one_that_is_near_to_another_identity_is_the_wrong_one() -> None:
     made = simulate(300, 4)
     few = made.person % 2 == 0  # every second person has two images, of which a tenth are someone else's

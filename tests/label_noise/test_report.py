@@ -2,6 +2,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -62,6 +63,71 @@ def test_a_second_report_replaces_the_pictures_of_the_first(findings: Findings, 
     (tmp_path / "gallery" / "misplaced_9.png").write_bytes(b"old")
     write_report(findings, tmp_path)
     assert not (tmp_path / "gallery" / "misplaced_9.png").exists()
+
+
+def test_a_report_deletes_nothing_that_no_report_made(findings: Findings, tmp_path: Path) -> None:
+    (tmp_path / "gallery").mkdir()
+    mine = [tmp_path / "gallery" / name for name in ("mine.png", "misplaced_mine.png", "0001.png")]
+    for file in mine:
+        file.write_bytes(b"mine")
+    write_report(findings, tmp_path)
+    assert all(file.read_bytes() == b"mine" for file in mine)
+
+
+def test_an_edited_filter_stays_and_one_as_it_was_is_replaced(findings: Findings, tmp_path: Path) -> None:
+    edited = tmp_path / "proposed_filter.csv"
+    write_report(findings, tmp_path)
+    assert write_report(findings, tmp_path, confident=0.5)["proposed_filter"]["file"] == edited.name
+    lines = edited.read_bytes().splitlines(keepends=True)
+    edited.write_bytes(b"".join(lines[:-1]))
+    for _ in range(2):  # the second one replaces the first one's
+        assert write_report(findings, tmp_path)["proposed_filter"]["file"] == "proposed_filter_2.csv"
+        assert edited.read_bytes() == b"".join(lines[:-1])
+    assert [row["key"] for row in table(tmp_path / "proposed_filter_2.csv")] == [
+        each.decision.key for each in propose(findings)
+    ]
+    (tmp_path / "summary.json").unlink()  # nobody knows any more who wrote it
+    assert write_report(findings, tmp_path)["proposed_filter"]["file"] == "proposed_filter_3.csv"
+
+
+def test_a_misplaced_image_goes_to_the_identity_that_its_nearest_one_is_merged_into(findings: Findings) -> None:
+    images = findings.images.select([20, 21, 22])
+    one, small, large = images.identities
+    images = images.subset([*range(len(images))[: -IMAGES - 3], *range(len(images))[-IMAGES:]])  # small has the fewest
+    merged = findings.same_person._replace(first=np.array([1]), second=np.array([2]), false_share=np.zeros(1), found=1)
+    made = replace(
+        findings,
+        images=images,
+        same_person=merged,
+        parted=findings.parted._replace(found=0),
+        duplicates=findings.duplicates._replace(found=0),
+    )
+
+    def decided(image: int, nearest: int) -> dict[str, str]:
+        misplaced = findings.misplaced._replace(
+            images=np.array([image]),
+            nearest=np.array([nearest]),
+            near=np.array([9.0]),
+            own=np.zeros(1),
+            probability=np.ones(1),
+            found=1,
+        )
+        proposed = propose(replace(made, misplaced=misplaced))
+        return {each.decision.key: each.decision.identity for each in proposed}
+
+    everyone = {key: large for key, row in zip(images.keys, images.labels, strict=True) if row == 1}
+    assert decided(0, nearest=1) == everyone | {images.keys[0]: large}
+    # Misplaced between two labels of one person: merging them has settled it.
+    of_small, of_large = (int(np.flatnonzero(images.labels == row)[0]) for row in (1, 2))
+    assert decided(of_small, nearest=2) == decided(of_large, nearest=1) == everyone
+    assert (one, small) == images.identities[:2]
+
+
+@pytest.mark.parametrize("confident", [0.0, 5.0, float("nan"), "0.9"])
+def test_confident_is_a_probability(findings: Findings, tmp_path: Path, confident: Any) -> None:
+    with pytest.raises(ValueError, match="confident is a probability"):
+        write_report(findings, tmp_path / "new", confident=confident)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_proposed_filter_can_be_read_and_mends_labels(noisy: Faces, findings: Findings, tmp_path: Path) -> None:
@@ -133,6 +199,9 @@ def test_with_a_test_set_the_report_has_what_they_share(noisy: Faces, tmp_path: 
     assert summary["overlap_people"]["found"] >= 6  # of 12, some of whom have wrong labels
     dropped = {row["key"] for row in table(tmp_path / "proposed_filter.csv") if row["finding"] == "in test set"}
     assert dropped == {noisy.images.keys[i] for i in taken}
+    write_report(replace(found, test=None, overlap_images=None, overlap_people=None), tmp_path)
+    assert not list(tmp_path.glob("overlap*"))
+    assert not list((tmp_path / "gallery").glob("overlap*"))
 
 
 def test_nothing_found_is_a_report_too(tmp_path: Path) -> None:
@@ -153,7 +222,11 @@ def test_thresholds_outside_their_range_are_errors(wrong: dict[str, float]) -> N
 
 @pytest.mark.parametrize(
     ("text", "short"),
-    [("short.jpg", "short.jpg"), ("George_Washington_Carver_0001.jpg", "George…er_0001.jpg"), ("a\udce9b", "a?b")],
+    [
+        ("short.jpg", "short.jpg"),
+        ("George_Washington_Carver_0001.jpg", "George…er_0001.jpg"),
+        ("a\udce9b\nc\td", "a?b?c?d"),
+    ],
 )
 def test_long_names_keep_their_beginning_and_end(text: str, short: str) -> None:
     assert shortened(text, 18) == short

@@ -21,6 +21,7 @@ from metricface.atomic import replacing
 from metricface.choices import is_count
 
 SECONDS_BETWEEN_RECORDS = 10.0  # at most so much work is done twice after a kill
+DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")]
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,17 @@ def embed_to_file(
     dtype: of the file, float16, float32 or float64; embeddings are stored as the model gives them, not normalised.
     tag: what the embeddings depend on, say a digest of weights and data. A file with another tag is an error.
 
-    Interrupted at any point, the same call goes on where the record says, at most 10 seconds of work before the end;
-    a record never claims rows that are not on the disk. With all rows done, nothing is computed.
+    Interrupted at any point, the same call goes on where the record says, at most 10 seconds of work before the end; a
+    record never claims rows that are not on the disk. With all rows done, nothing is computed. One process at a time
+    may write a file.
     Returns the file as a read-only memory map (N, D).
     Raises ValueError for wrong arguments, for a file that belongs to another tag, length, width or type, and for
     embeddings with NaN or infinity; OSError where the disk is full (it is asked for the whole file at the start). What
     was written stays.
     """
     path = Path(path)
-    number = _checked(dataset, batch_size, dtype)
-    wanted = Progress(number, 0, np.dtype(dtype).name, tag, 0)
+    number, kind = _checked(dataset, batch_size, dtype, tag)
+    wanted = Progress(number, 0, kind.name, tag, 0)
     progress = _found(path, wanted)
     if progress is None or progress.done < number:
         loader: DataLoader[Any] = DataLoader(
@@ -98,7 +100,7 @@ def embed_to_file(
             generator=torch.Generator().manual_seed(0),  # or the loader would draw from the global one
         )
         with _evaluating(model):
-            batches = (_as_array(model((prepare or _input)(batch).to(device)), dtype) for batch in loader)
+            batches = (_as_array(model((prepare or _input)(batch).to(device)), kind) for batch in loader)
             _write(path, _record(path), progress or wanted, batches, batch_size)
     return np.lib.format.open_memmap(path, mode="r")
 
@@ -185,22 +187,42 @@ def _found(path: Path, wanted: Progress) -> Progress | None:
             )
     if found.done == 0:
         return None
-    expected = (found.rows, found.columns)
-    shape = np.load(path, mmap_mode="r", allow_pickle=False).shape if path.exists() else None
-    if shape != expected:
-        raise ValueError(f"{path} should hold {expected} embeddings by its record; found {shape}. {_afresh(path)}")
+    held = _held(path)
+    if held != (found.rows, found.columns, found.dtype):
+        raise ValueError(
+            f"{path} should hold ({found.rows}, {found.columns}) {found.dtype} by its record; found "
+            f"{held or 'something else'}. {_afresh(path)}"
+        )
     return found
 
 
-def _checked(dataset: Dataset[Any], batch_size: int, dtype: DTypeLike) -> int:
-    """The length of the data set, if the arguments are right."""
+def _held(path: Path) -> tuple[int, int, str] | None:
+    """Rows, columns and type of a .npy file as `_create` makes them, to the byte; None where it is another file."""
+    try:
+        there = np.load(path, mmap_mode="r", allow_pickle=False)
+        whole = there.offset + there.nbytes == path.stat().st_size
+    except (OSError, EOFError, ValueError, AttributeError):
+        return None
+    if there.ndim != 2 or not there.flags.c_contiguous or there.dtype.newbyteorder("=") != there.dtype or not whole:
+        return None
+    return (*there.shape, there.dtype.name)
+
+
+def _checked(dataset: Dataset[Any], batch_size: int, dtype: DTypeLike, tag: str) -> tuple[int, "np.dtype[Any]"]:
+    """The length of the data set and the type of the file, in this machine's byte order, if the arguments are right."""
     if not is_count(batch_size):
         raise ValueError(f"batch_size must be a whole number, at least 1; found {batch_size!r}.")
-    if np.dtype(dtype).name not in ("float16", "float32", "float64"):
-        raise ValueError(f"dtype must be float16, float32 or float64; found {np.dtype(dtype).name}.")
+    try:
+        kind = None if dtype is None else np.dtype(np.dtype(dtype).name)
+    except TypeError:
+        kind = None
+    if kind is None or kind not in DTYPES:  # NumPy takes None for float64
+        raise ValueError(f"dtype must be float16, float32 or float64; found {dtype!r}.")
+    if not isinstance(tag, str):
+        raise ValueError(f"tag must be a string, such as a digest of weights and data; found {tag!r}.")
     if not isinstance(dataset, Sized) or len(dataset) == 0:
         raise ValueError("dataset must be map-style, with a length of at least 1: its items are embedded in order.")
-    return len(dataset)
+    return len(dataset), kind
 
 
 def _check_batch(batch: NDArray[np.floating[Any]], progress: Progress, batch_size: int) -> None:
@@ -220,9 +242,10 @@ def _check_batch(batch: NDArray[np.floating[Any]], progress: Progress, batch_siz
 
 
 def _as_array(embeddings: Any, dtype: DTypeLike) -> NDArray[np.floating[Any]]:
-    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or not embeddings.is_floating_point():
+    fits = isinstance(embeddings, Tensor) and embeddings.ndim == 2 and embeddings.is_floating_point()
+    if not fits or embeddings.shape[1] == 0:
         found = f"{embeddings.dtype} {tuple(embeddings.shape)}" if isinstance(embeddings, Tensor) else type(embeddings)
-        raise ValueError(f"the model must give a floating tensor (B, D); found {found}.")
+        raise ValueError(f"the model must give a floating tensor (B, D), D at least 1; found {found}.")
     wide = embeddings.double() if embeddings.dtype == torch.float64 else embeddings.float()  # NumPy has no bfloat16
     with np.errstate(over="ignore"):  # infinity in float16 is found, and named, later
         return wide.cpu().numpy().astype(dtype)

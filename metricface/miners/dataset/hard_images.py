@@ -6,6 +6,7 @@ from typing import NamedTuple, Unpack
 import numpy as np
 
 from metricface.choices import is_count, is_number
+from metricface.miners.dataset.calibration import TIE
 from metricface.miners.dataset.engines import Indices
 from metricface.miners.dataset.identities import Labels, check_asked, index_over, matched
 from metricface.miners.dataset.index import EmbeddingIndex, IndexOptions
@@ -79,15 +80,18 @@ def hard_negatives(
         p - relative_margin * |p|, which is (1 - relative_margin) p for p >= 0 (the rule of the source gives a limit
             above p where p < 0: a negative could lie nearer than the positive),
         max_cos, the only limit for an anchor without positive.
+        The first two are taken with a tolerance of 2e-6, by which float32 cosines differ that are equal.
     What exceeds them is likely the same person under two labels: it is skipped, counted, and the nearest are returned.
-    index: one over these embeddings, to save building it; else options: of the EmbeddingIndex.
-    Memory: the index and the result. Raises ValueError for wrong arguments, where lengths differ and for rows without
-    a direction.
+    index: one over these embeddings, to save building it; else options: of the EmbeddingIndex. Its target recall is
+        that of the images of other identities up to the last rank, over all anchors.
+    Memory: the index and the result. Raises ValueError for wrong arguments, where lengths differ, for rows without a
+    direction and for an index over other embeddings.
     Source: Moreira et al. 2024, NV-Retriever, arXiv:2407.15831, positive-aware mining (TopK-MarginPos, -PercPos).
     """
     _check_band(k, ranks, absolute_margin, relative_margin, max_cos)
     rows, table = matched(embeddings, labels)
-    index = index_over(rows, index, ranks[1] + 1, options)
+    last = min(ranks[1], len(rows))
+    index = index_over(rows, index, last, options)
     limit = _limits(_closest_positives(rows, table), absolute_margin, relative_margin, max_cos)
     found = HardNegatives(
         np.full((len(rows), k), -1, dtype=np.int64),
@@ -96,7 +100,7 @@ def hard_negatives(
         TwinImages(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)),
     )
     twins: list[TwinImages] = []
-    for near in nearest_others(index, table, codes_of(table), np.arange(len(rows)), ranks[1]):
+    for near in nearest_others(index, table, codes_of(table), np.arange(len(rows)), last):
         close = near.cos > limit[near.anchors, None]  # (b, last), a run at the start of each row
         found.too_close[near.anchors] = close.sum(axis=1)
         anchor, place = np.nonzero(close[:, :k])
@@ -116,9 +120,9 @@ def _limits(
     """The largest cosine a negative may have, for each anchor, inf where nothing limits it. positive: NaN for none."""
     limit = np.full(len(positive), np.inf if max_cos is None else max_cos, dtype=np.float32)
     if absolute_margin is not None:
-        limit = np.fmin(limit, positive - np.float32(absolute_margin))  # fmin passes over NaN
+        limit = np.fmin(limit, positive - np.float32(absolute_margin) + np.float32(TIE))  # fmin passes over NaN
     if relative_margin is not None:
-        limit = np.fmin(limit, positive - np.float32(relative_margin) * np.abs(positive))
+        limit = np.fmin(limit, positive - np.float32(relative_margin) * np.abs(positive) + np.float32(TIE))
     return limit
 
 
@@ -165,7 +169,8 @@ def _check_band(
     max_cos: float | None,
 ) -> None:
     check_asked(k, max_cos)
-    if len(ranks) != 2 or not all(is_count(rank) for rank in ranks) or not ranks[0] + k - 1 <= ranks[1]:
+    pair = isinstance(ranks, tuple | list) and len(ranks) == 2 and all(is_count(rank) for rank in ranks)
+    if not pair or not ranks[0] + k - 1 <= ranks[1]:
         raise ValueError(
             f"ranks are (first, last), counted from 1, both included, and must hold k={k} images; found {ranks!r}."
         )

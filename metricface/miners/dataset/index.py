@@ -1,23 +1,13 @@
 """Nearest neighbours among the embeddings of a whole data set, by cosine, with the recall measured."""
 
 import warnings
-from functools import partial
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 
 from metricface.choices import check_choice, is_count, is_number
-from metricface.miners.dataset.engines import (
-    Engine,
-    Flat,
-    GpuFlat,
-    GpuLists,
-    Graph,
-    Indices,
-    in_threads,
-    inner_products,
-    wants_gpu,
-)
+from metricface.miners.dataset.calibration import Calibration, Found, Sample, least_effort
+from metricface.miners.dataset.engines import Engine, Flat, GpuFlat, GpuLists, Graph, wants_gpu
 from metricface.miners.dataset.inverted_lists import CompressedLists, InvertedLists
 from metricface.miners.dataset.rows import Embeddings, Rows, UnitRows
 
@@ -25,24 +15,7 @@ IndexKind = Literal["auto", "flat", "ivf", "ivf-pq", "hnsw"]
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 
 FLAT_UP_TO = 50_000
-SAMPLED_QUERIES = 1024
-TRUE_NEIGHBOURS = 128
 QUERY_NUMBERS = 1 << 23  # of a block of queries: 32 MiB
-TIE = 2e-6  # float32 cosines of the same two rows, summed in another order, differ by less
-
-
-class Found(NamedTuple):
-    """The nearest rows of each query, nearest first; at equal cosine the lower index first."""
-
-    indices: Indices  # (Q, k) int64, -1 where there are fewer
-    cos: Rows  # (Q, k) float32, -inf there
-
-
-class Calibration(NamedTuple):
-    """How hard an index searches for k neighbours, and the share of the true ones that this found in a sample."""
-
-    effort: int
-    recall: float
 
 
 class IndexOptions(TypedDict, total=False):
@@ -66,9 +39,9 @@ class EmbeddingIndex:
         vectors would take more than `max_bytes`.
     target_recall: in (0, 1]. An approximate index measures, on a seeded sample of up to 1,024 of its own rows, which
         share of their k true nearest others it finds, and takes the least effort whose share is above the target by
-        twice its standard error. Measured for `k` here and for another k when it is first searched for. `effort`
-        and `recall` say what was chosen and reached for `k`; where no effort reaches the target a warning says what
-        the greatest one reached.
+        twice its standard error. Measured for each k when it is first searched for; `effort` and `recall` say what was
+        chosen and reached for `k`. Where no effort reaches the target a warning says what the greatest one reached.
+        Miners that look for images of other identities measure the share of those that they find (`calibrated`).
     seed: of the sample and of the clustering. The same embeddings and seed give the same index.
     gpu: for flat and ivf. None takes a GPU if FAISS has one; True insists.
 
@@ -103,9 +76,8 @@ class EmbeddingIndex:
         self.k = k
         self.seed = seed
         self._engine = _built(self.kind, self.rows, on_gpu, seed)
-        self._true_cos: Rows = np.empty((0, 0), dtype=np.float32)  # of the sample, with their true nearest others
+        self._sample: Sample | None = None
         self._calibrations: dict[int, Calibration] = {}
-        self.calibration(k)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,10 +114,14 @@ class EmbeddingIndex:
             found.cos[start : start + len(block), : part.cos.shape[1]] = part.cos
         return found
 
-    def nearest(self, queries: Rows, k: int) -> Found:
-        """As `search`, for one block of queries that are unit rows in float32 already."""
+    def nearest(self, queries: Rows, k: int, effort: int | None = None) -> Found:
+        """As `search`, for one block of queries that are unit rows in float32 already.
+
+        effort: of a calibration; None: of the one for k.
+        """
         k_there = min(k, len(self))
-        effort = self.calibration(k).effort
+        if effort is None:
+            effort = self.calibration(k).effort
         found = self._ordered(queries, k_there, effort)
         more = [step for step in self._engine.efforts if step > effort]
         for step in [*more[3:-1:4], *more[-1:]]:
@@ -164,8 +140,32 @@ class EmbeddingIndex:
     def calibration(self, k: int) -> Calibration:
         """The effort for k neighbours and the recall measured with it; measured when k is first asked for."""
         if k not in self._calibrations:
-            self._calibrations[k] = self._calibrated(k)
+            if self._sample is None:
+                self._sample = Sample(self.rows, self.seed)
+            self._calibrations[k] = self.calibrated(self._sample, k)
         return self._calibrations[k]
+
+    def calibrated(self, sample: Sample, k: int) -> Calibration:
+        """The least effort that finds the target share of a sample's k nearest neighbours, and the share it found.
+
+        Warns where no effort does; the greatest is taken then.
+        """
+        efforts = self._engine.efforts
+        if efforts == (0,):
+            return Calibration(0, 1.0)
+        found, met = least_effort(
+            efforts,
+            lambda effort: sample.shares(lambda queries, asked: self._ordered(queries, asked, effort), k),
+            self.target_recall,
+        )
+        if not met:
+            warnings.warn(
+                f"an index of kind {self.kind!r} reaches a recall of {found.recall:.4f} for {k} neighbours at its "
+                f"greatest effort ({found.effort}); asked was {self.target_recall}. Use kind='flat' or a lower "
+                "target_recall.",
+                stacklevel=4,
+            )
+        return found
 
     def _ordered(self, queries: Rows, k: int, effort: int) -> Found:
         cos, indices = self._engine.search(queries, k, effort)
@@ -174,60 +174,6 @@ class EmbeddingIndex:
         cos, indices = np.take_along_axis(cos, by_index, axis=1), np.take_along_axis(indices, by_index, axis=1)
         order = np.argsort(-cos, axis=1, kind="stable")
         return Found(np.take_along_axis(indices, order, axis=1), np.take_along_axis(cos, order, axis=1))
-
-    def _calibrated(self, k: int) -> Calibration:
-        others = min(k, len(self) - 1)
-        if self._engine.efforts == (0,) or others == 0:
-            return Calibration(self._engine.efforts[0], 1.0)
-        sample = _sample(len(self), self.seed)
-        queries = self.rows.at(sample)
-        if self._true_cos.shape[1] < others:  # once for many k: it means comparing the sample with all rows
-            self._true_cos = exact_cos(self.rows, sample, min(max(others, TRUE_NEIGHBOURS), len(self) - 1))
-        least = self._true_cos[:, others - 1 : others] - TIE
-        efforts, met = self._engine.efforts, -1
-        # By doubling, then among the steps between: four measurements more where one by one would take forty.
-        for place in [*range(0, len(efforts) - 1, 4), len(efforts) - 1]:
-            mean, enough = self._measured(queries, sample, least, others, efforts[place])
-            if enough:
-                met = place
-                break
-        for place in range(max(0, met - 3), met):
-            less, enough = self._measured(queries, sample, least, others, efforts[place])
-            if enough:
-                return Calibration(efforts[place], less)
-        if met < 0:
-            warnings.warn(
-                f"an index of kind {self.kind!r} reaches a recall of {mean:.4f} for {k} neighbours at its greatest "
-                f"effort ({efforts[-1]}); asked was {self.target_recall}. Use kind='flat' or a lower target_recall.",
-                stacklevel=4,
-            )
-        return Calibration(efforts[met], mean)
-
-    def _measured(self, queries: Rows, sample: Indices, least: Rows, k: int, effort: int) -> tuple[float, bool]:
-        """The recall of the sample's k nearest others, of cosines of at least `least`, and whether it is enough."""
-        found = self._ordered(queries, k + 1, effort)
-        right = (found.cos >= least) & (found.indices != sample[:, None]) & (found.indices >= 0)
-        shares = right.sum(axis=1).clip(max=k) / k
-        mean, error = float(shares.mean()), float(shares.std() / np.sqrt(len(sample)))
-        return mean, mean - 2.0 * error >= self.target_recall
-
-
-def _sample(rows: int, seed: int) -> Indices:
-    """The rows whose neighbours a calibration looks for, ascending."""
-    number = min(rows, SAMPLED_QUERIES)
-    return np.sort(np.random.default_rng(seed).choice(rows, number, replace=False, shuffle=False))
-
-
-def exact_cos(rows: UnitRows, sample: Indices, k: int) -> Rows:
-    """Cosines of the k nearest others of the rows `sample` (n,), by comparing with all rows: (n, k), largest first."""
-    queries = rows.at(sample)
-    best = np.full((len(sample), k), -np.inf, dtype=np.float32)
-    for start, block in rows.blocks():
-        search = partial(inner_products, rows=block, k=min(k + 1, len(block)))
-        cos, near = in_threads(search, queries, len(queries))
-        cos[near + start == sample[:, None]] = -np.inf  # itself
-        best = -np.sort(-np.concatenate((best, cos), axis=1), axis=1)[:, :k]
-    return best
 
 
 def _kind_for(rows: UnitRows, max_bytes: int) -> Literal["flat", "ivf", "ivf-pq"]:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metricface.miners.dataset.engines import Indices, ladder
+from metricface.miners.dataset.calibration import Sample, rounded_up
+from metricface.miners.dataset.engines import Indices
 from metricface.miners.dataset.index import EmbeddingIndex
 from metricface.miners.dataset.rows import Rows
 from samplers.groups import IdentityTable
@@ -43,25 +44,23 @@ def nearest_others(
     """The m nearest images of other identities of each anchor, block by block, anchors with few images first.
 
     An anchor's own images are all near it and would fill its list: it asks for m plus as many as its identity has, so
-    that m of others are left (in an exact search always, unless the set has fewer).
+    that m of others are left (in an exact search always, unless the set has fewer). An approximate index searches as
+    hard as it takes to find the target share of those m: own images, which are found easily, do not count.
     """
-    asked = _rounded_up(table.counts[codes[anchors]] + m)
+    if len(anchors) == 0:
+        return
+    effort = index.calibrated(Sample(index.rows, index.seed, codes), m).effort
+    asked = rounded_up(table.counts[codes[anchors]] + m)
     order = np.argsort(asked, kind="stable")
     start = 0
     while start < len(order):
         k = int(asked[order[start]])
         stop = min(start + max(1, NEIGHBOURS_PER_BLOCK // k), int(np.searchsorted(asked[order], k, side="right")))
         part = anchors[order[start:stop]]
-        near = index.nearest(index.rows.at(part), k)
+        near = index.nearest(index.rows.at(part), k, effort)
         own = (codes[near.indices] == codes[part, None]) | (near.indices < 0)
         cos = np.where(own, np.float32(-np.inf), near.cos)
         indices = np.where(own, -1, near.indices)
         kept = np.argsort(own, axis=1, kind="stable")[:, :m]  # others first, in their order
         yield Others(part, np.take_along_axis(indices, kept, axis=1), np.take_along_axis(cos, kept, axis=1))
         start = stop
-
-
-def _rounded_up(asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Up to the next of a few numbers: a search effort is calibrated for each that occurs."""
-    steps = np.array(ladder(2 * int(asked.max())), dtype=np.int64)
-    return steps[np.searchsorted(steps, asked)]

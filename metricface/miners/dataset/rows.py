@@ -17,7 +17,8 @@ BLOCK_NUMBERS = 1 << 22  # of a block of rows: 16 MiB in float32, 32 MiB while l
 class UnitRows:
     """(N, D) embeddings whose rows are scaled to length 1 as they are read, in float32.
 
-    embeddings: array (memory maps too) or CPU tensor of any floating type; it is kept, not copied.
+    embeddings: array (memory maps too) or CPU tensor of any floating type, within the range of float32; it is kept,
+        not copied.
     Raises ValueError for another shape, type or device, and for rows without a direction (NaN, infinity, zeros), with
     their number and the first of them: everything is read once to know.
     """
@@ -59,7 +60,8 @@ class UnitRows:
         if isinstance(self.source, Tensor):
             index = rows if isinstance(rows, slice) else torch.from_numpy(rows.astype(np.int64))
             return self.source[index].float().numpy()
-        return np.asarray(self.source[rows], dtype=np.float32)
+        with np.errstate(over="ignore"):  # infinity is found, and named
+            return np.asarray(self.source[rows], dtype=np.float32)
 
     def _check_values(self, name: str) -> None:
         count, first = 0, -1
@@ -80,6 +82,8 @@ def _checked_form(embeddings: Embeddings, name: str) -> Embeddings:
     if isinstance(embeddings, Tensor):
         if embeddings.device.type != "cpu":
             raise ValueError(f"{name} must lie on the CPU; these are on {embeddings.device}. Pass {name}.cpu().")
+        if embeddings.layout != torch.strided:
+            raise ValueError(f"{name} must be dense; found {embeddings.layout}. Pass {name}.to_dense().")
         floating, kind = embeddings.is_floating_point(), str(embeddings.dtype)
         embeddings = embeddings.detach()
     elif isinstance(embeddings, np.ndarray):

@@ -1,9 +1,12 @@
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +140,54 @@ def test_a_file_of_another_tag_length_type_or_width_is_an_error_that_says_how_to
         embed_to_file(network, DATA, path, tag="a", dtype=np.float16)
     with pytest.raises(ValueError, match=r"gave embeddings \(10, 4\) for the items from 50 on, where \(10, 5\)"):
         embed_to_file(Network(4), DATA, path, batch_size=10, tag="a")
-    path.write_bytes(path.read_bytes()[:128])
-    with pytest.raises(ValueError, match=r"mmap|should hold"):
-        embed_to_file(network, DATA, path, tag="a")
     path.unlink()
-    with pytest.raises(ValueError, match=rf"should hold \(103, 5\) embeddings by its record; found None\. {again}"):
+    with pytest.raises(ValueError, match=rf"should hold \(103, 5\) float32 by its record; found .* else\. {again}"):
         embed_to_file(network, DATA, path, tag="a")
     (tmp_path / "e.npy.json").write_text("{}")
     with pytest.raises(ValueError, match="no record of an embedding file"):
         embed_to_file(network, DATA, path)
+
+
+def _as_saved(array: np.ndarray[Any, Any]) -> bytes:
+    written = io.BytesIO()
+    np.save(written, array)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("done", [50, 103])
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:200],
+        lambda whole: whole + b"seven b",
+        lambda whole: whole + bytes(20),
+        lambda whole: b"no array at all",
+        lambda whole: _as_saved(np.load(io.BytesIO(whole)).astype(np.float64)),
+        lambda whole: _as_saved(np.load(io.BytesIO(whole)).astype(">f4")),
+        lambda whole: _as_saved(np.asfortranarray(np.load(io.BytesIO(whole)))),
+        lambda whole: _as_saved(np.array([None], dtype=object)),
+    ],
+)
+def test_a_file_that_is_not_as_its_record_says_is_not_gone_on_with(
+    tmp_path: Path, done: int, spoilt: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "e.npy"
+    network = Network()
+    network.break_at = done if done < 103 else -1
+    with contextlib.suppress(KeyboardInterrupt):
+        embed_to_file(network, DATA, path, batch_size=10)
+    path.write_bytes(spoilt(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"should hold \(103, 5\) float32 by its record; found .*start afresh, delete"):
+        embed_to_file(Network(), DATA, path, batch_size=10)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f4", "f4", "float32"])
+def test_a_type_in_another_byte_order_is_the_type(tmp_path: Path, dtype: str) -> None:
+    network = Network()
+    found = embed_to_file(network, DATA, tmp_path / "e.npy", dtype=dtype)
+    np.testing.assert_allclose(found, expected(network), atol=1e-6)
+    assert found.dtype == np.float32
 
 
 def test_a_file_that_is_not_ours_is_not_written_over(tmp_path: Path) -> None:
@@ -231,6 +273,9 @@ def test_wrong_arguments_are_errors_and_leave_no_file(tmp_path: Path) -> None:
     for arguments, message in (
         ({"batch_size": 0}, "batch_size must be"),
         ({"dtype": np.int8}, "dtype must be"),
+        ({"dtype": "nonsense"}, "dtype must be"),
+        ({"dtype": None}, "dtype must be"),
+        ({"tag": b"x"}, "tag must be a string"),
         ({"prepare": lambda batch: {"x": batch}}, "'to'"),
     ):
         with pytest.raises((ValueError, AttributeError), match=message):
@@ -238,8 +283,9 @@ def test_wrong_arguments_are_errors_and_leave_no_file(tmp_path: Path) -> None:
     for data in (Endless(), TensorDataset(INPUTS[:0])):
         with pytest.raises(ValueError, match="with a length of at least 1"):
             embed_to_file(Network(), data, path)
-    with pytest.raises(ValueError, match="must give a floating tensor"):
-        embed_to_file(nn.Flatten(0), DATA, path)
+    for network in (nn.Flatten(0), nn.AdaptiveAvgPool1d(0)):
+        with pytest.raises(ValueError, match="must give a floating tensor"):
+            embed_to_file(network, DATA, path)
     with pytest.raises(ValueError, match="the loader gives dict"):
         embed_to_file(Network(), [{"x": 1.0}], path)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -164,7 +164,7 @@ def test_one_identity_has_no_neighbours_and_is_reported() -> None:
         assert len(found.twins.first) == 0
 
 
-def test_an_index_given_is_used_and_must_be_over_as_many_rows() -> None:
+def test_an_index_given_is_used_and_must_be_over_the_same_rows() -> None:
     rows, labels = faces(20, 4, 8)
     index = EmbeddingIndex(rows, kind="hnsw")
     found = neighbours_from_images(rows, labels, 3, index=index)
@@ -172,6 +172,9 @@ def test_an_index_given_is_used_and_must_be_over_as_many_rows() -> None:
     assert (found.rows == expected.rows).mean() > 0.9
     with pytest.raises(ValueError, match=r"index holds \(80, 8\) embeddings, but these are \(79, 8\)"):
         neighbours_from_images(rows[1:], labels[1:], 3, index=index)
+    neighbours_from_images(rows.copy(), labels, 3, index=index)
+    with pytest.raises(ValueError, match="other embeddings than these"):
+        neighbours_from_images(rows[::-1].copy(), labels, 3, index=index)
     with pytest.raises(ValueError, match="kind: options of an index"):
         neighbours_from_images(rows, labels, 3, index=index, kind="flat")
 

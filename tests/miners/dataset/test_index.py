@@ -1,13 +1,17 @@
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from metricface.miners.dataset import index as index_module
+from metricface.miners.dataset.calibration import least_effort
+from metricface.miners.dataset.engines import ladder
 from metricface.miners.dataset.index import EmbeddingIndex, IndexKind
 from metricface.miners.dataset.inverted_lists import InvertedLists
 from metricface.miners.dataset.rows import UnitRows
@@ -92,8 +96,8 @@ def test_a_target_that_no_effort_meets_is_a_warning_with_the_recall_reached(monk
     rows, _ = faces(100, 6, 16)
     monkeypatch.setattr("metricface.miners.dataset.inverted_lists.ladder", lambda most: [1])
     with pytest.warns(UserWarning, match=r"'ivf' reaches a recall of 0\.\d+ for 10 .* asked was 0\.99"):
-        index = EmbeddingIndex(rows, kind="ivf", target_recall=0.99)
-    assert 0.0 < index.recall < 0.99
+        recall = EmbeddingIndex(rows, kind="ivf", target_recall=0.99).recall
+    assert 0.0 < recall < 0.99
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
@@ -273,12 +277,22 @@ def test_inverted_lists_find_what_faiss_finds_in_the_same_lists() -> None:
     assert engine._vectors.nbytes == rows.nbytes
 
 
-def test_the_least_effort_that_is_enough_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = EmbeddingIndex(faces(800, 6, 24)[0], kind="ivf")
-    efforts = list(index._engine.efforts)
-    for place, wanted in enumerate(efforts):
-        monkeypatch.setattr(index, "_measured", lambda *given, wanted=wanted: (given[-1] / 1000, given[-1] >= wanted))
-        assert index._calibrated(10) == (efforts[place], efforts[place] / 1000)
+def _enough_from(wanted: int, effort: int) -> NDArray[np.float64]:
+    return np.full(9, float(effort >= wanted))
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 90])
+def test_the_least_effort_that_is_enough_is_chosen(most: int) -> None:
+    efforts = ladder(most)
+    for wanted in efforts:
+        enough = partial(_enough_from, wanted)
+        assert least_effort(efforts, enough, 0.9) == ((wanted, 1.0), True)
+    assert least_effort(efforts, lambda effort: np.full(9, 0.5), 0.9) == ((efforts[-1], 0.5), False)
+
+
+def test_two_standard_errors_are_kept_from_the_target() -> None:
+    shares = np.array([1.0, 0.8] * 50)  # mean 0.9, standard error 0.01
+    assert [least_effort([1], lambda _: shares, target)[1] for target in (0.879, 0.881)] == [True, False]
 
 
 def test_faiss_is_not_imported_before_it_is_needed() -> None:
