@@ -3,18 +3,35 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
 
+from metricface.models.iresnet import IResNet, by_depth
+from metricface.models.mobilefacenet import MobileFaceNet
 from metricface.models.small import Small
 from metricface.models.sphereface20 import SphereFace20
 
-__all__ = ["Blueprint", "ModelName", "Small", "SphereFace20", "blueprint_of", "build"]
+__all__ = [
+    "Blueprint",
+    "IResNet",
+    "MobileFaceNet",
+    "ModelName",
+    "Small",
+    "SphereFace20",
+    "blueprint_of",
+    "build",
+]
 
-ModelName = Literal["small", "sphereface20"]
+ModelName = Literal["small", "sphereface20", "mobilefacenet", "iresnet18", "iresnet34", "iresnet50", "iresnet100"]
 
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {"small": Small, "sphereface20": SphereFace20}
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "small": Small,
+    "sphereface20": SphereFace20,
+    "mobilefacenet": MobileFaceNet,
+    **by_depth(),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class Blueprint:
 def build(name: str, *, embedding_dim: int, channels: int, height: int, width: int, **options: Any) -> nn.Module:
     """Build a network: float images (B, channels, height, width) -> raw embeddings (B, embedding_dim).
 
-    name: "small" or "sphereface20". channels: 3 for colour, 1 for grey. height, width: of the images, in pixels.
+    name: see ModelName. channels: 3 for colour, 1 for grey. height, width: of the images, in pixels.
     options: keyword arguments of the network's class.
     Initial weights follow torch.manual_seed. The network remembers what it was built from (`blueprint_of`), so that an
     `Embedder` can be saved and loaded. For speed on a CPU or GPU, follow with `.to(memory_format=torch.channels_last)`.
@@ -73,5 +90,7 @@ def bare(network: nn.Module) -> nn.Module:
 
 
 def _options(network: Callable[..., nn.Module]) -> list[str]:
+    """Keyword-only parameters, without those that the name has settled."""
+    settled = network.keywords if isinstance(network, partial) else {}
     parameters = inspect.signature(network).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in settled]

@@ -28,16 +28,28 @@ def checked_activation(name: str) -> Activation:
 
 
 def convolve(
-    inputs: int, outputs: int, activation: Activation, *, stride: int = 1, batch_norm: bool = True
+    inputs: int,
+    outputs: int,
+    activation: Activation | None,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    batch_norm: bool = True,
 ) -> nn.Module:
-    """3 x 3 convolution, batch norm, activation: (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)).
+    """Convolution, batch norm, activation: (B, inputs, H, W) -> (B, outputs, ceil(H / stride), ceil(W / stride)).
 
+    activation: None for none, a linear layer. kernel: its side, odd. groups: as many as inputs make it depthwise.
     Without batch norm the convolution has a bias instead.
     """
-    layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not batch_norm)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=not batch_norm)
+    ]
     if batch_norm:
         layers.append(nn.BatchNorm2d(outputs))
-    return nn.Sequential(*layers, _ACTIVATIONS[activation](outputs))
+    if activation is not None:
+        layers.append(_ACTIVATIONS[activation](outputs))
+    return nn.Sequential(*layers)
 
 
 class Residual(nn.Module):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metricface.models import Blueprint, blueprint_of, build
+from metricface.models import Blueprint, IResNet, blueprint_of, build
 from metricface.models.blocks import Residual, halved
+from metricface.models.layers import layers
 
-NAMES = ("small", "sphereface20")
+NAMES = ("small", "sphereface20", "mobilefacenet", "iresnet18")
 SIZES = [(1, 105, 105), (3, 112, 96), (3, 56, 56), (1, 92, 112), (3, 17, 17), (1, 33, 40)]
 
 
@@ -63,6 +64,85 @@ def test_sphereface20_keeps_the_shapes_of_its_stages() -> None:
         stage.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
     made(torch.randn(2, 3, 112, 96))
     assert shapes == [(64, 56, 48), (128, 28, 24), (256, 14, 12), (512, 7, 6)]
+
+
+def merged(made: nn.Module) -> int:
+    """Parameters with each batch norm after a convolution or linear layer as a bias of that."""
+    modules = dict(made.named_modules())
+    assert all(module.bias is None for module in modules.values() if isinstance(module, nn.Conv2d | nn.Linear))
+    norms = {name: module for name, module in modules.items() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)}
+    return count(made) - sum(norm.num_features for name, norm in norms.items() if _follows(name, made))
+
+
+def _follows(name: str, made: nn.Module) -> bool:
+    """Whether the batch norm of that name stands behind a convolution or linear layer in its sequence."""
+    parent, _, own = name.rpartition(".")
+    before = list(dict(made.get_submodule(parent).named_children()).items())
+    place = [label for label, _ in before].index(own)
+    return place > 0 and isinstance(before[place - 1][1], nn.Conv2d | nn.Linear)
+
+
+def test_mobilefacenet_has_the_parameters_of_its_table() -> None:
+    def unit(inputs: int, expansion: int, outputs: int) -> int:  # weights, norms of two numbers, slopes
+        wide = expansion * inputs
+        return inputs * wide + 3 * wide + 9 * wide + 3 * wide + wide * outputs + 2 * outputs
+
+    table = [(64, 2, 64)] * 5 + [(64, 4, 128)] + [(128, 2, 128)] * 6 + [(128, 4, 128)] + [(128, 2, 128)] * 2
+    ends = (27 * 64 + 3 * 64) + (9 * 64 + 3 * 64) + (128 * 512 + 3 * 512) + (49 * 512 + 2 * 512) + (512 * 128 + 2 * 128)
+    made = network("mobilefacenet", dim=128, size=(3, 112, 112))
+    assert count(made) == sum(unit(*row) for row in table) + ends == 1_003_136
+    assert merged(made) == 993_344  # the paper: 0.99 M
+
+
+def test_mobilefacenet_keeps_the_shapes_of_its_table() -> None:
+    made = network("mobilefacenet", dim=128, size=(3, 112, 112))
+    shapes: list[tuple[int, ...]] = []
+    for layer in layers(made)[:-2]:
+        layer.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    made(torch.randn(2, 3, 112, 112))
+    rows = [
+        ((64, 56, 56), 2),
+        ((64, 28, 28), 5),
+        ((128, 14, 14), 7),
+        ((128, 7, 7), 3),
+        ((512, 7, 7), 1),
+        ((512, 1, 1), 1),
+    ]
+    assert shapes == [shape for shape, times in rows for _ in range(times)]
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters", "published"),
+    # 34 and 100: docs.openvino.ai, face-recognition-resnet34-arcface and -resnet100-arcface-onnx (MParams); their last
+    # norm has a fixed scale, so nothing of it is left when merged.
+    [(18, 24_025_600, None), (34, 34_139_328, 34.129), (50, 43_590_848, None), (100, 65_156_160, 65.132)],
+)
+def test_iresnets_have_the_parameters_and_shapes_of_their_papers(
+    depth: int, parameters: int, published: float | None
+) -> None:
+    with torch.device("meta"):
+        made = network(f"iresnet{depth}", dim=512, size=(3, 112, 112))
+    assert count(made) == parameters - 512  # the last linear layer's bias, which the batch norm replaces
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in made.modules()) == depth - 1
+    if published is not None:
+        assert merged(made) / 1e6 == pytest.approx(published, abs=0.001)
+
+
+def test_an_iresnet_keeps_the_shapes_of_its_stages() -> None:
+    made = network("iresnet34", dim=16, size=(3, 112, 112))
+    shapes: list[tuple[int, ...]] = []
+    for layer in layers(made)[:-1]:
+        layer.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    made.eval()(torch.randn(1, 3, 112, 112))
+    rows = [((64, 112, 112), 1), ((64, 56, 56), 3), ((128, 28, 28), 4), ((256, 14, 14), 6), ((512, 7, 7), 4)]
+    assert shapes == [shape for shape, times in rows for _ in range(times)]
+
+
+def test_the_depth_of_an_iresnet_is_in_its_name_and_nowhere_else() -> None:
+    with pytest.raises(ValueError, match=r"iresnet18 has no option depth; its options are activation, dropout"):
+        network("iresnet18", depth=50)
+    with pytest.raises(ValueError, match="a depth of 18, 34, 50, 100; got 20"):
+        IResNet(3, 32, 32, 8, depth=20)
 
 
 def test_a_residual_unit_that_changes_nothing_hands_its_input_on() -> None:

@@ -248,7 +248,8 @@ def _as_array(embeddings: Any, dtype: DTypeLike) -> NDArray[np.floating[Any]]:
         raise ValueError(f"the model must give a floating tensor (B, D), D at least 1; found {found}.")
     wide = embeddings.double() if embeddings.dtype == torch.float64 else embeddings.float()  # NumPy has no bfloat16
     with np.errstate(over="ignore"):  # infinity in float16 is found, and named, later
-        return wide.cpu().numpy().astype(dtype)
+        array: NDArray[np.floating[Any]] = wide.cpu().numpy().astype(dtype)
+    return array
 
 
 def _input(batch: Any) -> Tensor:
