@@ -57,11 +57,12 @@ def reduce_others(
     queries: Tensor,
     references: Tensor,
     left_out: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     *,
     unit_references: bool = False,
     bias: Tensor | None = None,
     group: int = 1,
+    own: Tensor | None = None,
     transform: Transform | None = None,
     extra: tuple[Tensor, ...] = (),
     reduction: Reduction = "logsumexp",
@@ -70,17 +71,22 @@ def reduce_others(
     """Reduce each row's products with all references but some, and give the product with its own one.
 
     queries: (B, D); references: (R, D), both of the same full precision. left_out: (B, N) int64 columns that are not
-    summed, -1 for none. rows: (B,) int64, each row's own reference. unit_references: divide by the references' lengths
-    (a reference of length 0 has product 0). bias: (R,) added to the products, not together with unit_references.
+    summed, -1 for none. rows: (B,) int64, each row's own reference, -1 for none (own and own_length are then 0; R must
+    not be); or None and `own`, (B,) products with own references that lie elsewhere. unit_references: divide by the
+    references' lengths (a reference of length 0 has product 0). bias: (R,) added to the products, not together with
+    unit_references.
     group: references of a column, one after the other (sub-centres); only a `transform` can reduce them to one.
     transform: what is summed, as a differentiable function of (b, c x group) products, (b, 1) own products and `extra`;
     it returns (b, c). The backward pass calls it again, so it must not look at anything that changes in between. N must
     then be 1. reduction: over the columns. hold: keep the products for the backward pass.
-    Gradients flow to queries, references, bias and extra, once (create_graph=True is a RuntimeError).
+    Gradients flow to queries, references, bias, own and extra, once (create_graph=True is a RuntimeError).
     """
     assert bias is None or not unit_references
+    assert (rows is None) == (own is not None)
     assert transform is None or left_out.shape[1] == 1
-    return _call(queries, references, left_out, rows, unit_references, bias, group, transform, extra, reduction, hold)
+    return _call(
+        queries, references, left_out, rows, unit_references, bias, own, group, transform, extra, reduction, hold
+    )
 
 
 def others_logsumexp(queries: Tensor, references: Tensor, left_out: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ def others_logsumexp(queries: Tensor, references: Tensor, left_out: Tensor) -> T
     queries: (Q, D), references: (R, D), in full precision; left_out: (Q, N) int64 columns, -1 for none. Returns (Q,),
     -inf where nothing is left; gradients flow to both, once.
     """
-    return _call(queries, references, left_out, None, False, None, 1, None, (), "logsumexp", False).reduced
+    return _call(queries, references, left_out, None, False, None, None, 1, None, (), "logsumexp", False).reduced
 
 
 @torch.no_grad()
@@ -142,6 +148,7 @@ def _call(
     rows: Tensor | None,
     unit: bool,
     bias: Tensor | None,
+    own: Tensor | None,
     group: int,
     transform: Transform | None,
     extra: tuple[Tensor, ...],
@@ -152,7 +159,7 @@ def _call(
     hold = hold and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     plan = _plan(queries, references, left_out, rows, unit, group, transform, reduction, hold)
     with without_autocast(queries):
-        return Others(*_ReduceOthers.apply(plan, queries, references, bias, *extra))  # type: ignore[no-untyped-call]
+        return Others(*_ReduceOthers.apply(plan, queries, references, bias, own, *extra))  # type: ignore[no-untyped-call]
 
 
 class _Part(NamedTuple):
@@ -207,10 +214,16 @@ class _Products:
 class _ReduceOthers(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, queries: Tensor, references: Tensor, bias: Tensor | None, *extra: Tensor
+        ctx: Any,
+        plan: _Plan,
+        queries: Tensor,
+        references: Tensor,
+        bias: Tensor | None,
+        given: Tensor | None,
+        *extra: Tensor,
     ) -> tuple[Tensor, ...]:
         inverse = queries.new_zeros(plan.number) if plan.unit else None
-        own, own_length = _own(plan, queries, references, bias)
+        own, own_length = _own(plan, queries, references, bias, given)
         everything = _Products(plan, queries, references, bias, inverse)
         running = _LogSumExp(queries) if plan.reduction == "logsumexp" else _Sum(queries)
         best = queries.new_full((len(queries),), -torch.inf)
@@ -250,7 +263,7 @@ class _ReduceOthers(torch.autograd.Function):
         plan: _Plan = ctx.plan
         queries, references, bias, inverse, reduced, own, *rest = ctx.saved_tensors
         extra, held = rest[: ctx.extra], rest[ctx.extra :] if plan.hold else None
-        _, wants_queries, wants_references, wants_bias, *wants_extra = ctx.needs_input_grad
+        _, wants_queries, wants_references, wants_bias, wants_own, *wants_extra = ctx.needs_input_grad
         by_queries = torch.zeros_like(queries) if wants_queries else None
         by_references = None
         if wants_references:  # the first tile of rows writes it; where there is none, zeros
@@ -285,7 +298,7 @@ class _ReduceOthers(torch.autograd.Function):
             if plan.rows is not None:
                 _add_own(plan, (queries, references, own), by_own, by_length, by_queries, by_references, by_bias)
         found = [grad if want else None for grad, want in zip(by_extra, wants_extra, strict=True)]
-        return None, by_queries, by_references, by_bias, *found
+        return None, by_queries, by_references, by_bias, by_own if wants_own else None, *found
 
 
 def inverse_lengths(rows: Tensor) -> Tensor:
@@ -332,16 +345,21 @@ class _Sum:
         return self.total
 
 
-def _own(plan: _Plan, queries: Tensor, references: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _own(
+    plan: _Plan, queries: Tensor, references: Tensor, bias: Tensor | None, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if plan.rows is None:
         nothing = queries.new_zeros(len(queries))
-        return nothing, nothing.clone()
-    y = references.index_select(0, plan.rows)
+        return (nothing if given is None else given.detach().clone()), nothing.clone()
+    at, some = plan.rows.clamp_min(0), plan.rows >= 0
+    y = references.index_select(0, at)
     length = torch.linalg.vector_norm(y, dim=1)
     product = (queries * y).sum(dim=1)
     if plan.unit:
         product = product * inverse_lengths(y)
-    return (product if bias is None else product + bias[plan.rows]), length
+    if bias is not None:
+        product = product + bias[at]
+    return torch.where(some, product, 0.0), torch.where(some, length, 0.0)
 
 
 def _write(values: Tensor, place: Tensor, value: float) -> None:
@@ -415,7 +433,9 @@ def _add_own(
     """The gradient of the products with the own references, and of these references' lengths."""
     queries, references, own = saved
     assert plan.rows is not None
-    y = references.index_select(0, plan.rows)
+    at, some = plan.rows.clamp_min(0), plan.rows >= 0
+    by_own, by_length = torch.where(some, by_own, 0.0), torch.where(some, by_length, 0.0)
+    y = references.index_select(0, at)
     inverse = inverse_lengths(y)[:, None]
     direction = y * inverse
     if by_queries is not None:
@@ -423,6 +443,6 @@ def _add_own(
     if by_references is not None:
         part = by_length[:, None] * direction
         part += by_own[:, None] * ((queries - own[:, None] * direction) * inverse if plan.unit else queries)
-        by_references.index_add_(0, plan.rows, part)
+        by_references.index_add_(0, at, part)
     if by_bias is not None:
-        by_bias.index_add_(0, plan.rows, by_own)
+        by_bias.index_add_(0, at, by_own)

@@ -123,3 +123,41 @@ def test_autocast_changes_nothing() -> None:
     plain = others_logsumexp(x, y, torch.full((5, 1), -1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(others_logsumexp(x, y, torch.full((5, 1), -1)), plain)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_rows_without_an_own_reference_have_own_products_of_zero_without_gradient(unit: bool) -> None:
+    x, y = example(4, 6)
+    rows = torch.tensor([2, -1, 0, -1])
+    found = reduce_others(x, y, rows[:, None], rows, unit_references=unit)
+    vectors = torch.nn.functional.normalize(y) if unit else y
+    own = torch.stack([(x[0] * vectors[2]).sum(), x.new_zeros(()), (x[2] * vectors[0]).sum(), x.new_zeros(())])
+    out = torch.nn.functional.one_hot(rows.clamp_min(0), 6).bool() & (rows >= 0)[:, None]
+    logits = (x @ vectors.T).masked_fill(out, -torch.inf)
+    expected = (logits.logsumexp(dim=1), own)
+    for mine, theirs in zip((found.reduced, found.own), expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12)
+        weights = torch.linspace(-1, 2, 4, dtype=torch.float64)
+        for one, other in zip(
+            torch.autograd.grad((mine * weights).sum(), (x, y), retain_graph=True),
+            torch.autograd.grad((theirs * weights).sum(), (x, y), retain_graph=True),
+            strict=True,
+        ):
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+    assert found.own_length[1].item() == 0.0
+
+
+def test_own_products_that_are_given_reach_the_transform_and_have_its_gradient() -> None:
+    x, y = example(3, 5)
+    own = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    nothing = torch.full((3, 1), -1)
+    found = reduce_others(x, y, nothing, None, own=own, transform=lambda products, own: products * own, reduction="sum")
+    expected = ((x @ y.T) * own[:, None]).sum(dim=1)
+    assert torch.allclose(found.reduced, expected, rtol=1e-12)
+    assert torch.equal(found.own, own)
+    for mine, theirs in zip(
+        torch.autograd.grad((found.reduced.square() + found.own).sum(), (x, y, own)),
+        torch.autograd.grad((expected.square() + own).sum(), (x, y, own)),
+        strict=True,
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-10)

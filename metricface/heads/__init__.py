@@ -1,7 +1,7 @@
 """Classification heads over raw embeddings, for training with one weight vector per identity: head(embeddings, labels).
 
 The head is dropped after training; only the embedder below it is kept. All take `streaming=True`, which never holds the
-B x C logits.
+B x C logits; `metricface.heads.partial_fc.PartialFC` around one spreads its classes over ranks and samples them.
 """
 
 from metricface.heads.arcface import ArcFace, CombinedMargin, SubCenterArcFace

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from metricface.choices import is_count
-from metricface.distances import full_precision, unit_rows
+from metricface.distances import unit_rows
 from metricface.heads.base import check_number, cross_entropy, fitting
 from metricface.heads.cosine import CosineHead
 from metricface.heads.target import (
@@ -168,11 +168,9 @@ class SubCenterArcFace(ArcFace):
     def _nearest(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         z = unit_rows(self._prepare(embeddings))
         first = labels * self.vectors_per_class
-        products = [(z * unit_rows(self._vectors(first + k))).sum(dim=1) for k in range(self.vectors_per_class)]
+        vectors = (self.classes.vectors(self, first + k) for k in range(self.vectors_per_class))
+        products = [(z * unit_rows(some)).sum(dim=1) for some in vectors]
         return first + torch.stack(products).argmax(dim=0)
-
-    def _vectors(self, rows: Tensor) -> Tensor:
-        return full_precision(self.weight.index_select(0, rows))
 
     def _set_classes(self, means: Tensor, found: Tensor, embeddings: Tensor, labels: Tensor) -> None:
         order = labels.argsort(stable=True)

@@ -10,13 +10,68 @@ from torch.nn import functional as F
 from metricface.choices import is_count, is_number
 from metricface.distances import full_precision, unit_rows, without_autocast
 from metricface.heads.target import Target, make_target
-from metricface.products import Others, Reduction, Transform, inverse_lengths, reduce_others
+from metricface.products import Others, Reduction, Transform, inverse_lengths, nearest_others, reduce_others
 from metricface.tuples import check_values
 
 # Above it softplus(x) is x to the last bit in float64, too (by default torch stops at 20).
 STRAIGHT = 40.0
 # Rows of embeddings that are added up at a time for class means.
 ROWS = 1 << 14
+
+
+class Classes:
+    """How a head reads its class matrix: here all of it is the head's own `weight`.
+
+    Whatever a head wants of class vectors goes through this, so that `PartialFC` can put a shard in its place. labels:
+    (B,) int64 classes; rows: (B,) int64 rows of the whole matrix, (C x K, D) with K vectors for each class.
+    """
+
+    def others(
+        self,
+        head: "Head",
+        queries: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        *,
+        transform: Transform | None,
+        extra: tuple[Tensor, ...],
+        reduction: Reduction,
+    ) -> Others:
+        """As `reduce_others`, over the classes other than the labels; rows: the own class vectors."""
+        return reduce_others(
+            queries,
+            full_precision(head.weight),
+            labels[:, None],
+            rows,
+            unit_references=head.unit_classes,
+            bias=head._bias(),
+            group=head.vectors_per_class,
+            transform=transform,
+            extra=extra,
+            reduction=reduction,
+            hold=not head.streaming,
+        )
+
+    def nearest(self, head: "Head", z: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Cosines of unit rows z (B, D) with the own class, (B,), and with its k nearest others, (B, at most k).
+
+        With gradient; -inf where there are fewer others.
+        """
+        return own_and_nearest(z, full_precision(head.weight), labels, k)
+
+    def vectors(self, head: "Head", rows: Tensor) -> Tensor:
+        """Rows of the matrix, (B, D) in full precision, without gradient."""
+        return full_precision(head.weight.detach().index_select(0, rows))
+
+    def products(self, head: "Head", queries: Tensor) -> Tensor:
+        """(B, D) -> (B, C x K) products with all class vectors."""
+        weight = unit_rows(head.weight) if head.unit_classes else full_precision(head.weight)
+        return F.linear(queries, weight, head._bias())
+
+    def mean_length(self, head: "Head") -> Tensor:
+        """Mean length of all class vectors: 0-dim."""
+        mean: Tensor = torch.linalg.vector_norm(full_precision(head.weight), dim=1).mean()
+        return mean
 
 
 class Head(nn.Module, ABC):
@@ -38,6 +93,8 @@ class Head(nn.Module, ABC):
 
     unit_classes: bool = True  # whether the class vectors are divided by their lengths
     vectors_per_class: int = 1
+    is_softmax: bool = True  # whether a sample of the other classes makes the same kind of loss
+    classes: Classes = Classes()
     last: dict[str, Tensor] | None = None
 
     def __init__(
@@ -79,8 +136,7 @@ class Head(nn.Module, ABC):
         """Logits without any margin, for class predictions. embeddings: (B, D). Returns (B, C)."""
         self._check_embeddings(embeddings)
         with without_autocast(embeddings):
-            weight = unit_rows(self.weight) if self.unit_classes else full_precision(self.weight)
-            products = F.linear(self._queries(self._prepare(embeddings)), weight, self._bias())
+            products = self.classes.products(self, self._queries(self._prepare(embeddings)))
             return products if self.vectors_per_class == 1 else self._grouped(products).amax(dim=2)
 
     @torch.no_grad()
@@ -93,24 +149,28 @@ class Head(nn.Module, ABC):
         `forward` does.
         """
         self._check_embeddings(embeddings)
-        labels = self._check_labels(labels, len(embeddings))
+        return int((~self._start_from(embeddings, self._check_labels(labels, len(embeddings)))).sum())
+
+    def _start_from(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(C,) which classes had a mean to start from."""
         means, found = self._class_means(embeddings, labels)
         self._set_classes(means, found, embeddings, labels)
-        return self.num_classes - int(found.sum())
+        return found
 
     def _class_means(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(C, D) means in full precision and (C,) whether there is one."""
         weight = full_precision(self.weight)
-        sums = weight.new_zeros(self.num_classes, self.embedding_dim)
+        classes = len(weight) // self.vectors_per_class
+        sums = weight.new_zeros(classes, self.embedding_dim)
         for start in range(0, len(labels), ROWS):
             some = embeddings[start : start + ROWS].to(weight.device, weight.dtype)
             sums.index_add_(0, labels[start : start + ROWS].to(weight.device), self._rows_for_means(some))
-        counts = torch.bincount(labels.to(weight.device), minlength=self.num_classes)
+        counts = torch.bincount(labels.to(weight.device), minlength=classes)
         means = sums.div_(counts.clamp_min(1)[:, None])
         found = counts > 0
         if self.unit_classes:
             inverse = inverse_lengths(means)
-            length = torch.linalg.vector_norm(weight, dim=1).mean()
+            length = self.classes.mean_length(self)
             length = torch.where(length > 0, length, 1.0)
             means, found = means.mul_(inverse[:, None] * length), found & (inverse > 0)
         return means, found
@@ -145,19 +205,8 @@ class Head(nn.Module, ABC):
         reduction: Reduction = "logsumexp",
     ) -> Others:
         """What the classes other than the labels come to; rows: (B,) the own class vectors where classes have some."""
-        others = reduce_others(
-            queries,
-            full_precision(self.weight),
-            labels[:, None],
-            labels if rows is None else rows,
-            unit_references=self.unit_classes,
-            bias=self._bias(),
-            group=self.vectors_per_class,
-            transform=transform,
-            extra=extra,
-            reduction=reduction,
-            hold=not self.streaming,
-        )
+        rows = labels if rows is None else rows
+        others = self.classes.others(self, queries, labels, rows, transform=transform, extra=extra, reduction=reduction)
         with torch.no_grad():
             right = (others.own > others.best).to(queries.dtype)
             self.last = {"accuracy": right.mean(), "zero_embeddings": (queries == 0).all(dim=1).sum()}
@@ -169,7 +218,7 @@ class Head(nn.Module, ABC):
 
     def _target(self, cos: Tensor, x: Tensor, rows: Tensor) -> Target:
         """cos: (B,) with gradient; x: (B, D) raw; rows: (B,) own class vectors. Notes the mean angle in `last`."""
-        target = make_target(cos, x, full_precision(self.weight.detach().index_select(0, rows)))
+        target = make_target(cos, x, self.classes.vectors(self, rows))
         with torch.no_grad():
             assert self.last is not None
             self.last["target_angle_deg"] = torch.atan2(target.sin, target.cos).rad2deg().mean()
@@ -218,6 +267,19 @@ class Head(nn.Module, ABC):
         """Shown by print(head)."""
         streaming = ", streaming=True" if self.streaming else ""
         return f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}{streaming}"
+
+
+def own_and_nearest(z: Tensor, weight: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines of unit rows with one class vector each and with the k nearest of the others, with gradient.
+
+    z: (B, D); weight: (C, D), C > 0; own: (B,) int64 rows of it, -1 for none (cosine 0, and no class is left out).
+    Returns (B,) and (B, min(k, C)), -inf where fewer are left.
+    """
+    nearest = nearest_others(z.detach(), weight.detach(), own[:, None], k, unit_references=True)  # (B, k)
+    rows = torch.cat([own[:, None], nearest], dim=1)
+    vectors = unit_rows(weight.index_select(0, rows.clamp_min(0).flatten())).view(*rows.shape, z.shape[1])
+    cos = (z[:, None] * vectors).sum(dim=2)  # (B, 1 + k)
+    return torch.where(own >= 0, cos[:, 0], 0.0), torch.where(nearest >= 0, cos[:, 1:], -torch.inf)
 
 
 def fitting(values: Tensor, like: Tensor) -> Tensor:

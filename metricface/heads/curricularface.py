@@ -61,7 +61,7 @@ class CurricularFace(CosineHead):
     @torch.no_grad()
     def _observe(self, x: Tensor, labels: Tensor) -> None:
         if len(labels):
-            cos = (unit_rows(x) * unit_rows(self.weight.index_select(0, labels))).sum(dim=1)
+            cos = (unit_rows(x) * unit_rows(self.classes.vectors(self, labels))).sum(dim=1)
             self.t.lerp_(cos.mean().to(self.t.dtype), self.rate)
 
     def extra_repr(self) -> str:

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from metricface.choices import is_count
-from metricface.distances import full_precision, unit_rows
+from metricface.distances import unit_rows
 from metricface.heads.base import Head, check_number
 from metricface.heads.target import Target
-from metricface.products import nearest_others
 
 
 class _ProxyHead(Head):
     """Distances between unit embeddings and unit class vectors: |z - w|^2 = 2 - 2 cos."""
+
+    is_softmax = False
 
     def target_cos(self, target: Target) -> Tensor:
         """Refused with a ValueError: these losses compare distances and have no target logit."""
@@ -145,14 +146,8 @@ def _triplets(cos: Tensor, own: Tensor, *, margin: float) -> Tensor:
 
 def _nearest_hinges(head: Head, z: Tensor, labels: Tensor, k: int, margin_cos: float) -> Tensor:
     """Sum of [cos_j - cos_y + margin]+ over the k nearest other classes, (B,); all of them, where there are fewer."""
-    weight = full_precision(head.weight)
-    nearest = nearest_others(z.detach(), weight.detach(), labels[:, None], k, unit_references=True)  # (B, k)
-    is_one = nearest >= 0
-    rows = torch.cat([labels[:, None], nearest.clamp_min(0)], dim=1)  # (B, 1 + k)
-    vectors = unit_rows(weight.index_select(0, rows.flatten())).view(*rows.shape, z.shape[1])  # (B, 1 + k, D)
-    cos = (z[:, None] * vectors).sum(dim=2)
+    own, nearest = head.classes.nearest(head, z, labels, k)
     with torch.no_grad():
-        right = ((cos[:, 1:] < cos[:, :1]) | ~is_one).all(dim=1)
-        head.last = {"accuracy": right.to(cos.dtype).mean(), "zero_embeddings": (z == 0).all(dim=1).sum()}
-    hinges = (cos[:, 1:] - cos[:, :1] + margin_cos).clamp_min(0.0)
-    return (hinges * is_one).sum(dim=1)
+        right = (nearest < own[:, None]).all(dim=1)
+        head.last = {"accuracy": right.to(own.dtype).mean(), "zero_embeddings": (z == 0).all(dim=1).sum()}
+    return (nearest - own[:, None] + margin_cos).clamp_min(0.0).sum(dim=1)

@@ -27,6 +27,8 @@ class SphereFace2(CosineHead):
     Source: Wen et al. 2022, SphereFace2, eq. 6 and 8, and the released opensphere head.
     """
 
+    is_softmax = False
+
     def __init__(
         self,
         num_classes: int,
