@@ -75,6 +75,18 @@ def mostly_mined(batches: Callable[[Recipe], None] = lambda recipe: None) -> Cal
     return change
 
 
+def small_batches(batches: Callable[[Recipe], None] = lambda recipe: None) -> Callable[[Recipe], None]:
+    """The recipe with batches of 6 identities x 4 images in its last stage, mined by the hardest."""
+
+    def change(recipe: Recipe) -> None:
+        last = recipe["stages"][-1]
+        last["learning_rate"], last["miner"] = 0.01, {"name": "BatchHardMiner"}
+        last["sampler"]["options"] = {"identities_per_batch": 6, "images_per_identity": 4}
+        batches(recipe)
+
+    return change
+
+
 VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "recipe": lambda recipe: None,
     "softmax": only(SOFTMAX),
@@ -89,6 +101,8 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "look_alikes_75": look_alikes(0.75, neighbourhood=8),
     "look_alikes_50_renewed": look_alikes(0.5, every_steps=50),
     "look_alikes_50_wide": look_alikes(0.5, neighbours=100),
+    "small_batches": small_batches(),
+    "small_batches_look_alikes_50": small_batches(look_alikes(0.5, neighbourhood=3)),
     "mostly_mined": mostly_mined(),
     "mostly_mined_look_alikes_75": mostly_mined(look_alikes(0.75, neighbourhood=8, every_steps=300)),
 }
@@ -98,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--budget", default="180s", help="training time of each run")
+    parser.add_argument("--steps", type=int, nargs="+", help="of each stage, in place of a budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--share_first_stage", action="store_true")
@@ -110,6 +125,8 @@ def main() -> None:
         for variant in arguments.variants:
             recipe = yaml.safe_load(arguments.recipe.read_text()) | {"budget": arguments.budget, "seed": seed}
             VARIANTS[variant](recipe)
+            if arguments.steps:
+                _in_steps(recipe, arguments.steps)
             if arguments.share_first_stage:
                 recipe = after_first_stage(recipe, arguments.output, settings)
             reports.setdefault(variant, []).append(run(recipe, arguments.output / f"{variant}-{seed}", settings))
@@ -122,13 +139,24 @@ def after_first_stage(recipe: Recipe, output: Path, settings: list[str]) -> Reci
     A first stage is known by its length and its seed: variants with another share of it have one of their own.
     """
     first, *rest = recipe["stages"]
+    model = recipe.get("model", {})
+    if recipe["budget"] is None:
+        folder = output / f"first-{first['steps']}-steps-{recipe['seed']}"
+        run(recipe | {"stages": [first]}, folder, settings)
+        return recipe | {"stages": rest, "model": model | {"start": str(folder / "model")}}
     shares = [stage["share"] for stage in recipe["stages"]]
     seconds = budget_seconds(recipe["budget"])
     budgets = [f"{seconds * part / sum(shares):.1f}s" for part in (shares[0], sum(shares[1:]))]
     folder = output / f"first-{budgets[0]}-{recipe['seed']}"
     run(recipe | {"stages": [first], "budget": budgets[0]}, folder, settings)
-    model = recipe.get("model", {}) | {"start": str(folder / "model")}
-    return recipe | {"stages": rest, "budget": budgets[1], "model": model}
+    return recipe | {"stages": rest, "budget": budgets[1], "model": model | {"start": str(folder / "model")}}
+
+
+def _in_steps(recipe: Recipe, steps: list[int]) -> None:
+    recipe["budget"] = None
+    for stage, number in zip(recipe["stages"], steps, strict=True):
+        stage.pop("share", None)
+        stage["steps"] = number
 
 
 def run(recipe: Recipe, folder: Path, settings: list[str]) -> Recipe:

@@ -10,13 +10,14 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from metricface.training.loop import CHECKPOINT, RECIPE
+from metricface.training import checkpoint
 from metricface.training.recipe import Recipe, as_dict, differences
+from metricface.training.run import RECIPE
 
 RUNS = Path("runs")
 PARTS = ("sampler", "head", "loss", "miner", "optimizer")
 # Settings that change how fast a run goes or what it shows, never what it computes: free to differ on --resume.
-FREE_ON_RESUME = ("threads", "data.workers", "data.memory_mib", "log_every", "checkpoint_every")
+FREE_ON_RESUME = ("threads", "data.workers", "data.memory_mib", "log_every", "checkpoint_every", "checkpoints_kept")
 
 DESCRIPTION = """Train a face embedder and score it on people it never saw.
 
@@ -208,7 +209,7 @@ def _set(node: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return (folder / CHECKPOINT).exists()
+    return checkpoint.newest(folder) is not None
 
 
 def _new_folder(output: str | None, name: str) -> Path:
@@ -234,12 +235,13 @@ def _new_folder(output: str | None, name: str) -> Path:
 def _old_folder(given: str | None) -> Path:
     if given:
         if not _holds_a_run(Path(given)):
-            raise ValueError(f"--resume: {given} holds no run that can go on (no {CHECKPOINT} in it); start it again.")
+            raise ValueError(f"--resume: {given} holds no run that can go on (no checkpoint in it); start it again.")
         return Path(given)
-    runs = sorted(RUNS.glob(f"*/{CHECKPOINT}"), key=lambda file: file.stat().st_mtime)
+    saved = [file for folder in RUNS.glob("*") if (file := checkpoint.newest(folder)) is not None]
+    runs = sorted(saved, key=lambda file: file.stat().st_mtime)
     if not runs:
         raise ValueError(f"--resume: there is no run in {RUNS}/; say which folder: --resume FOLDER.")
-    return runs[-1].parent
+    return runs[-1].parent.parent
 
 
 def _check_same(saved: Recipe, asked: Recipe, folder: Path) -> None:

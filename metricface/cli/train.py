@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from metricface.cli.arguments import parse
 from metricface.training.interrupt import StopRequest
-from metricface.training.loop import EXPORT, REPORT, Run, train
+from metricface.training.loop import train
 from metricface.training.report import table
+from metricface.training.run import EXPORT, REPORT, Run
 from metricface.training.stages import TrainingDivergedError
 
 INTERRUPTED = 130

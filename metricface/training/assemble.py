@@ -13,7 +13,8 @@ from metricface import heads, losses, miners, models
 from metricface.choices import is_number
 from metricface.data.images import ImageSet
 from metricface.losses import mined
-from metricface.models.embedder import Embedder, load
+from metricface.models.embedder import Embedder, evaluating, load
+from metricface.models.layers import freeze_statistics, layers, recompute_activations
 from metricface.training.batches import GIVEN, SAMPLERS, Sampler, look_alikes, sampler
 from metricface.training.components import build, by_name, find
 from metricface.training.objective import (
@@ -57,6 +58,7 @@ MINERS = by_name(
 # Losses of pairs: without a miner they take the pairs of a PairBatchSampler as they are, others all of the batch.
 OF_PAIRS = (losses.ContrastiveLoss, losses.DeepID2Loss)
 OPTIMIZERS = by_name(SGD, Adam, AdamW)
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the trainer knows and a recipe does not say.
 SIZES = ("num_classes", "embedding_dim")
 # Of the parts made only to try numbers on: a matrix for every class of a large set would take gigabytes.
@@ -150,7 +152,7 @@ def precision(name: str, on: torch.device) -> torch.dtype:
     Without them bfloat16 is emulated and several times slower than float32.
     """
     if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
+        return PRECISIONS[name]
     if on.type == "cuda":
         native = torch.cuda.get_device_capability(on) >= (8, 0)
     else:
@@ -199,18 +201,43 @@ def model(recipe: Recipe, on: torch.device, begun: Embedder | None = None) -> nn
                 "model and data (height, width, channels) as they were, or leave model.start out."
             )
         made.load_state_dict(begun.model.state_dict())
+    if recipe.recompute:
+        recompute_activations(made)
     return made.to(device=on, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def objective(stage: Stage, recipe: Recipe, num_classes: int, batches: Sampler | None = None) -> SumObjective:
+def compiled(trunk: nn.Module, shape: tuple[int, int, int], on: torch.device) -> nn.Module:
+    """The trunk through torch.compile; it shares the weights. Raises ValueError where that does not work here."""
+    made: nn.Module = torch.compile(trunk)  # type: ignore[assignment]
+    try:
+        with evaluating(trunk), torch.no_grad():
+            made(torch.zeros(2, *shape, device=on).contiguous(memory_format=torch.channels_last))
+    except Exception as error:
+        raise ValueError(f"compile: torch.compile does not work here ({error}). Leave compile out.") from error
+    return made
+
+
+def objective(
+    stage: Stage, recipe: Recipe, num_classes: int, batches: Sampler | None = None, before: Stage | None = None
+) -> SumObjective:
     """What a stage minimises; class-wise parts are sized to the training people.
 
-    batches: where they are pairs, losses of pairs take these.
+    batches: where they are pairs, losses of pairs take these. before: the stage whose objective fades out.
     """
+    old = None
+    if before is not None:
+        old = objective(before, recipe, num_classes)
+        old.follow(1.0)  # numbers on schedules stay as they end
     terms = stage.terms()
     pairs = GivenPairs(batches.indices_tuple) if isinstance(batches, PairBatchSampler) else None
     parts = {term.name: _part(term, num_classes, recipe.model.embedding_dim, pairs) for term in terms}
-    return SumObjective(parts, {term.name: term.weight for term in terms}, stage.schedules)
+    weights = {term.name: term.weight for term in terms}
+    return SumObjective(parts, weights, stage.schedules, before=old, fade=stage.fade or 0.0)
+
+
+def faded(recipe: Recipe, index: int) -> Stage | None:
+    """The stage whose objective fades out in the stage `index`, if it has one."""
+    return recipe.stages[index - 1] if recipe.stages[index].fade is not None else None
 
 
 def _part(term: Term, num_classes: int, embedding_dim: int, pairs: nn.Module | None) -> Part:
@@ -241,16 +268,35 @@ def _miner(component: Component) -> nn.Module:
     return made
 
 
+def set_learning(stage: Stage, trunk: nn.Module) -> None:
+    """Put the trunk in the mode it has in this stage: what learns, and which batch norms follow their batches."""
+    frozen = {"all": [], "embedding_layer": layers(trunk)[:-1], "nothing": [trunk]}[stage.learns]
+    trunk.requires_grad_(True).train()
+    for part in frozen:
+        part.requires_grad_(False).eval()
+    if stage.batch_norm == "frozen":
+        freeze_statistics(trunk)
+
+
 def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
-    """One optimiser over trunk and objective; biases, batch norms and slopes (1-D) are not decayed."""
-    rate = stage.objective_learning_rate or stage.learning_rate
+    """One optimiser over what learns of trunk and objective; biases, batch norms and slopes (1-D) are not decayed.
+
+    Each group's `peak` is the learning rate it comes to. Raises ValueError where nothing learns.
+    """
+    parts = [(goal, stage.objective_learning_rate or stage.learning_rate)]
+    if stage.layer_decay == 1.0:
+        parts.insert(0, (trunk, stage.learning_rate))
+    else:
+        parts[:0] = [(layer, stage.learning_rate * stage.layer_decay**i) for i, layer in enumerate(layers(trunk)[::-1])]
     groups = []
-    for module, peak in ((trunk, stage.learning_rate), (goal, rate)):
+    for module, peak in parts:
         parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.ndim > 1]
         vectors = [p for p in parameters if p.ndim <= 1]
         groups += [{"params": matrices, "peak": peak}] if matrices else []
         groups += [{"params": vectors, "peak": peak, "weight_decay": 0.0}] if vectors else []
+    if not groups:
+        raise ValueError("nothing learns: the network is frozen (learns), and the loss has no parameters of its own.")
     made: Optimizer = build(
         "optimizer", stage.optimizer or DEFAULT_OPTIMIZER, OPTIMIZERS, groups, lr=stage.learning_rate
     )
@@ -263,14 +309,17 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
     So a wrong name, a wrong size and parts that do not go together are found before the first stage, and are not taken
     for the divergence of a later one.
     """
-    for stage in recipe.stages:
+    for index, stage in enumerate(recipe.stages):
         try:
             batches = sampler(stage, images, recipe.seed)
             look_alikes(stage, batches, images, recipe.data.workers, torch.device("cpu"))
-            goal = objective(stage, recipe, len(images.identities), batches)
-            goal.follow(0.0)
-            goal(*_rehearsed(batches, recipe.model.embedding_dim))
-            optimizer(stage, nn.Linear(1, 1), goal)
+            goal = objective(stage, recipe, len(images.identities), batches, faded(recipe, index))
+            for progress in (0.0, 1.0) if stage.fade else (0.0,):
+                goal.follow(progress)
+                goal(*_rehearsed(batches, recipe.model.embedding_dim))
+            trial = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+            set_learning(stage, trial)
+            optimizer(stage, trial, goal)
         except (ValueError, TypeError) as error:
             hint = f" (--stages.{stage.name}.sampler.options.identities_per_batch)"
             raise ValueError(

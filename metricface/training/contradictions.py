@@ -2,7 +2,7 @@
 
 import math
 
-from metricface.training.recipe import Recipe, Stage, Term, budget_seconds
+from metricface.training.recipe import Recipe, Stage, Term, Watch, budget_seconds
 
 # Losses that keep a vector for each class, which can start from class means.
 WITH_CENTRES = ("CenterLoss", "ContrastiveCenterLoss", "DeepID2Loss")
@@ -17,9 +17,12 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"Stage names must differ, since reports and checkpoints go by them; found {names}.")
     if recipe.budget is not None:
         budget_seconds(recipe.budget)
-    for stage in recipe.stages:
+    for index, stage in enumerate(recipe.stages):
         _check_stage(stage, timed=recipe.budget is not None)
-    for name in ("threads", "log_every", "checkpoint_every"):
+        _check_fade(recipe, index)
+    if recipe.compile and recipe.recompute:
+        raise ValueError("torch.compile decides itself what to recompute; leave compile or recompute out.")
+    for name in ("threads", "log_every", "checkpoint_every", "checkpoints_kept"):
         value = getattr(recipe, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value} must be above 0.")
@@ -44,12 +47,42 @@ def _check_stage(stage: Stage, *, timed: bool) -> None:
         raise ValueError(
             f"{where} needs a length: set epochs or steps (one of them), or a budget for the whole recipe."
         )
-    for name in ("share", "learning_rate", "epochs", "steps", "clip_norm", "objective_learning_rate"):
+    for name in ("share", "learning_rate", "epochs", "steps", "clip_norm", "objective_learning_rate", "chunk"):
         value = getattr(stage, name)
         if value is not None and not value > 0:
             raise ValueError(f"{where}: {name}={value} must be above 0.")
+    _check_watch(where, stage.watch)
+    if not 0.0 < stage.layer_decay <= 1.0:
+        raise ValueError(f"{where}: layer_decay={stage.layer_decay} must be above 0 and at most 1.")
+    if stage.average is not None and not 0.0 < stage.average < 1.0:
+        raise ValueError(f"{where}: average={stage.average} is the decay of an average; it lies between 0 and 1.")
     if not 0.0 <= stage.warmup < 1.0:
         raise ValueError(f"{where}: warmup={stage.warmup} is a share of the stage; it must lie in [0, 1).")
+
+
+def _check_fade(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if stage.fade is None:
+        return
+    where = f"Stage {stage.name!r}: fade={stage.fade}"
+    if not 0.0 < stage.fade <= 1.0:
+        raise ValueError(f"{where} is a share of the stage; it must lie above 0 and at most at 1.")
+    if index == 0:
+        raise ValueError(f"{where}, but there is no stage before it whose objective could fade out.")
+    if "PairBatchSampler" in (stage.sampler.name, recipe.stages[index - 1].sampler.name):
+        raise ValueError(
+            f"{where}: objectives on the pairs of a PairBatchSampler and on other batches cannot share batches."
+        )
+
+
+def _check_watch(where: str, watch: Watch) -> None:
+    if watch.at != sorted(set(watch.at)) or not all(0.0 < share < 1.0 for share in watch.at):
+        raise ValueError(f"{where}: watch.at holds shares of the stage, rising between 0 and 1; found {watch.at}.")
+    if not 0.0 < watch.factor < 1.0 or not watch.tolerance >= 0.0:
+        raise ValueError(
+            f"{where}: watch.factor must lie between 0 and 1, and watch.tolerance be 0 or more; found {watch.factor} "
+            f"and {watch.tolerance}."
+        )
 
 
 def _check_part(where: str, part: Stage | Term) -> None:

@@ -13,6 +13,7 @@ from metricface.distances import full_precision, unit_rows
 from metricface.evaluation import retrieval, verification
 from metricface.evaluation.pairs import PairList, make_pairs
 from metricface.evaluation.verification import VerificationReport
+from metricface.models.embedder import evaluating
 
 BATCH = 256
 
@@ -67,18 +68,13 @@ class HeldOut:
 
 
 def embed(model: nn.Module, images: ImageSet, device: torch.device, *, unit: bool = True) -> NDArray[np.float32]:
-    """Embeddings (N, D) of a set, in its order, of unit length or raw; the model's mode is restored afterwards.
+    """Embeddings (N, D) of a set, in its order, of unit length or raw; every module gets its mode back afterwards.
 
     Raises ValueError, with their number, where embeddings are not finite.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            prepare = unit_rows if unit else full_precision
-            parts = [prepare(model(batch.to(device))).cpu() for batch in _batches(images)]
-    finally:
-        model.train(was_training)
+    prepare = unit_rows if unit else full_precision
+    with evaluating(model), torch.inference_mode():
+        parts = [prepare(model(batch.to(device))).cpu() for batch in _batches(images)]
     embeddings = torch.cat(parts)
     broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
     if broken:

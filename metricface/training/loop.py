@@ -1,9 +1,9 @@
 """A whole run, top to bottom: people, network, evaluation, stage after stage, report, exported embedder."""
 
+import copy
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,99 +15,14 @@ import metricface
 from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
 from metricface.models.embedder import Embedder
-from metricface.monitoring.board import Board
 from metricface.training import assemble, batches, checkpoint, contradictions, stages
 from metricface.training import recipe as recipes
-from metricface.training.held_out import Figures, HeldOut, Scored
-from metricface.training.look_alikes import ClassWeights
+from metricface.training.held_out import HeldOut
 from metricface.training.people import People, gather
 from metricface.training.recipe import Recipe
+from metricface.training.run import EXPORT, RECIPE, REPORT, Run, restore_randomness
+from metricface.training.selection import evaluate, keep_best, look
 from metricface.training.throughput import bare_images_per_second
-
-RECIPE = "recipe.yaml"
-CHECKPOINT = "checkpoint.pt"
-REPORT = "report.json"
-EXPORT = "model"
-
-
-@dataclass
-class Moment:
-    """One evaluation of the run, on both held-out sets. kept: these weights went on."""
-
-    when: str
-    validation: Figures
-    test: Figures
-    kept: bool = True
-
-
-@dataclass
-class Run:
-    """What a run has come to; `history` and `notes` are what its report says."""
-
-    recipe: Recipe
-    folder: Path
-    people: People
-    device: torch.device
-    model: nn.Module
-    held_out: tuple[HeldOut, HeldOut]
-    say: Callable[[str], None]
-    index: int = 0
-    step: int = 0
-    history: list[Moment] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    stage_reports: list[dict[str, Any]] = field(default_factory=list)
-    interrupted: bool = False
-    class_vectors: ClassWeights | None = None  # of the head of the last kept stage that had one
-    _start_weights: dict[str, Tensor] = field(default_factory=dict)
-    _board: Board | None = None
-
-    @property
-    def board(self) -> Board:
-        """Where curves go; opened when the first is written, or by `restore`, which knows from which step on."""
-        if self._board is None:
-            self._board = Board(self.folder)
-        return self._board
-
-    def state_dict(self, under_way: stages.StageRun | None) -> dict[str, Any]:
-        """Everything a checkpoint holds."""
-        return {
-            "people": self.people.digest(),
-            "index": self.index,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "start_weights": self._start_weights,
-            "class_vectors": None if self.class_vectors is None else tuple(self.class_vectors),
-            "stage": None if under_way is None else under_way.state_dict(),
-            "history": [vars(moment) for moment in self.history],
-            "notes": self.notes,
-            "stage_reports": self.stage_reports,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-        }
-
-    def save(self, under_way: stages.StageRun | None = None) -> None:
-        """Write the checkpoint, atomically."""
-        checkpoint.save(self.state_dict(under_way), self.folder / CHECKPOINT)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint, but for the stage under way.
-
-        Raises ValueError where the images are not those the run was started with: people once trained on could
-        otherwise end up among those that are scored.
-        """
-        if state["people"] != self.people.digest():
-            raise ValueError(
-                f"The images have changed since the run in {self.folder} was started, and with them who is trained on "
-                "and who is scored. Restore the folders, or start a new run."
-            )
-        self.index, self.step = state["index"], state["step"]
-        self.model.load_state_dict(state["model"])
-        self._start_weights = state["start_weights"]
-        self.class_vectors = None if state["class_vectors"] is None else ClassWeights(*state["class_vectors"])
-        self.history = [Moment(**moment) for moment in state["history"]]
-        self.notes, self.stage_reports = state["notes"], state["stage_reports"]
-        _restore_randomness(state)
-        self._board = Board(self.folder, after=self.step)
 
 
 def train(
@@ -129,11 +44,11 @@ def train(
     contradictions.check(recipe)
     assemble.check_names(recipe)
     run = _prepare(recipe, folder, say, resume=resume)
-    state = checkpoint.load(folder / CHECKPOINT, run.device) if resume else None
+    state = checkpoint.load(folder, run.device, say) if resume else None
     if state is not None:
         run.restore(state)
     else:
-        _evaluate(run, "start")
+        evaluate(run, "start")
         run.save()
     while run.index < len(recipe.stages):
         try:
@@ -190,15 +105,20 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
     """Train one stage and keep the better of its start and its end."""
     under_way = stages.begin(run.index, run.recipe, run.people, run.model, run.device)
     stage = under_way.stage
+    if stage.fade is not None:
+        under_way.objective.take_over(run.objective_before)
     if resumed is not None:
         under_way.load_state_dict(resumed["stage"])
-        _restore_randomness(resumed)  # once more: making the stage's parts has drawn from it
+        restore_randomness(resumed)  # once more: making the stage's parts has drawn from it
         run.say(f"Going on with stage {stage.name!r} at step {under_way.clock.steps:,}.")
     else:
-        run._start_weights = _copy(run.model)
+        if stage.fade is not None and run.objective_before is None:
+            run.note(f"Stage {stage.name!r} has nothing to fade from: the stage before it was not kept.")
+        run.start_weights = _copy(run.model)
         run.say(f"stage {stage.name}: {batches.describe(under_way.sampler)}")
         if stage.class_means:
             stages.start_from_class_means(under_way, run.people, run.model, run.device)
+        under_way.mark_start()
         stages.find_look_alikes(under_way, run.model, run.class_vectors)
     steps_before = run.step - under_way.clock.steps
 
@@ -208,6 +128,13 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
     def save() -> None:
         run.step = steps_before + under_way.clock.steps
         run.save(under_way)
+
+    def looked_at() -> bool:
+        run.step = steps_before + under_way.clock.steps
+        answer = look(run, under_way)
+        if answer == "go back":
+            under_way.go_back(run.model, run.start_weights)
+        return answer == "stop"
 
     try:
         stages.train(
@@ -219,6 +146,8 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
             stopped=stopped,
             report=report,
             save=save,
+            warn=run.note,
+            look=looked_at if run.index > 0 or run.recipe.model.start is not None else None,
             class_vectors=run.class_vectors,
         )
     except (UnreadableImageError, OSError):  # an image has gone: what was trained since the last checkpoint is good
@@ -230,47 +159,13 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
         return
     _note_speed(run, under_way)
     _note_failed_tables(run, under_way)
-    if _keep_better(run, stage.name):
+    run.objective_before = None
+    if keep_best(run, under_way):
         run.class_vectors = stages.class_weights(under_way) or run.class_vectors
+        if run.index + 1 < len(run.recipe.stages) and run.recipe.stages[run.index + 1].fade is not None:
+            run.objective_before = copy.deepcopy(under_way.objective.state_dict())
     run.index += 1
     run.save()
-
-
-def _keep_better(run: Run, name: str) -> bool:
-    """Evaluate the end of a stage; where it lies below its start on validation people, go back to the start.
-
-    Returns whether the end is kept.
-    """
-    start = [moment for moment in run.history if moment.kept][-1]
-    try:
-        end = _evaluate(run, f"after {name}")
-    except UnreadableImageError:  # of held-out people; the checkpoint holds the stage's end
-        raise
-    except ValueError as error:
-        raise stages.TrainingDivergedError(f"Stage {name!r} has diverged: {error}") from error
-    figure = run.recipe.select_by
-    before, after = _number(start.validation[figure]), _number(end.validation[figure])
-    if after >= before:
-        return True
-    end.kept = False
-    run.model.load_state_dict(run._start_weights)
-    note = (
-        f"Stage {name!r} ended below its start on the validation people ({figure} {before:.4f} -> {after:.4f}); "
-        f"the weights from before it were kept."
-    )
-    run.notes.append(note)
-    run.say(note)
-    return False
-
-
-def _evaluate(run: Run, when: str) -> Moment:
-    scored: list[Scored] = [people.score(run.model, run.device) for people in run.held_out]
-    moment = Moment(when, scored[0].figures, scored[1].figures)
-    run.history.append(moment)
-    for people, found in zip(run.held_out, scored, strict=True):
-        run.board.held_out(run.step, people.name, found.figures, found.scores, found.same, found.curve)
-    run.say(f"{when}: " + ", ".join(f"{p.name} {_brief(s.figures)}" for p, s in zip(run.held_out, scored, strict=True)))
-    return moment
 
 
 def _give_up(run: Run) -> None:
@@ -278,7 +173,7 @@ def _give_up(run: Run) -> None:
     if run.index == 0:
         return
     name = run.recipe.stages[run.index].name
-    run.model.load_state_dict(run._start_weights)
+    run.model.load_state_dict(run.start_weights)
     run.notes.append(f"Stage {name!r} diverged; the weights from before it were kept.")
     _finish(run)
 
@@ -286,8 +181,7 @@ def _give_up(run: Run) -> None:
 def _note_speed(run: Run, under_way: stages.StageRun) -> None:
     clock = under_way.clock
     if clock.steps == 0:
-        run.notes.append(f"Stage {under_way.stage.name!r} took no step: nothing of its budget was left.")
-        run.say(run.notes[-1])
+        run.note(f"Stage {under_way.stage.name!r} took no step: nothing of its budget was left.")
     batch = round(clock.images / clock.steps) if clock.steps else assemble.TRIAL_CLASSES
     bare = bare_images_per_second(
         run.model, batch, run.people.training.preprocessing.shape, run.device, under_way.precision
@@ -301,6 +195,7 @@ def _note_speed(run: Run, under_way: stages.StageRun) -> None:
             "images_per_second": round(clock.images_per_second, 1),
             "bare_images_per_second": round(bare, 1),
         }
+        | ({"overflows": under_way.overflows} if under_way.scaler.is_enabled() else {})
     )
     run.say(
         f"{under_way.stage.name}: {clock.steps:,} steps, {clock.images_per_second:,.0f} images/s; the bare forward and "
@@ -311,12 +206,10 @@ def _note_speed(run: Run, under_way: stages.StageRun) -> None:
 def _note_failed_tables(run: Run, under_way: stages.StageRun) -> None:
     failures = [] if under_way.look_alikes is None else under_way.look_alikes.failures
     if failures:
-        note = (
+        run.note(
             f"Stage {under_way.stage.name!r}: {len(failures)} tables of look-alikes could not be computed, the last "
             f"because: {failures[-1]}"
         )
-        run.notes.append(note)
-        run.say(note)
 
 
 def _finish(run: Run) -> None:
@@ -361,20 +254,5 @@ def _write(text: str, path: Path) -> None:
         file.write(text.encode())
 
 
-def _restore_randomness(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-
-
 def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _number(figure: float | int | None) -> float:
-    return float("-inf") if figure is None else float(figure)
-
-
-def _brief(figures: Figures) -> str:
-    shown = (("accuracy", "accuracy"), ("R@1", "recall_at_1"), ("MAP@R", "map_at_r"))
-    return " ".join(f"{title} {_number(figures[key]):.3f}" for title, key in shown)

@@ -18,6 +18,7 @@ from metricface.training.recipe import Schedule
 from metricface.training.schedules import scheduled
 from metricface.tuples import Pairs
 
+BEFORE = "before/"  # in the names of parts that fade out
 SHARES = ("active_share", "easy_share", "semi_hard_share", "hard_share")
 
 
@@ -119,23 +120,55 @@ class SumObjective(nn.Module):
 
     parts: the first is the stage's own, further ones its other terms. weights: the factor of each part, by its name.
     schedules: which number follows which curve: PART.NUMBER, a plain attribute of the part's head or loss, or
-    PART.weight. After a call `values` holds each part's own loss, unweighted and without gradient.
+    PART.weight. before: the sum of the stage before, which fades out in a line over the share `fade` of the stage while
+    this one comes in; its parts are then called before/NAME, and stay as the end of that stage has them (`take_over`).
+    After a call `values` holds each part's own loss, unweighted and without gradient; parts that have faded out, or not
+    yet come in, are not computed.
     """
 
     def __init__(
-        self, parts: Mapping[str, Part], weights: Mapping[str, float], schedules: Mapping[str, Schedule]
+        self,
+        parts: Mapping[str, Part],
+        weights: Mapping[str, float],
+        schedules: Mapping[str, Schedule],
+        *,
+        before: "SumObjective | None" = None,
+        fade: float = 0.0,
     ) -> None:
         super().__init__()
-        self.parts = dict(parts)
+        self._own = tuple(parts)
+        old = {} if before is None else {name: f"{BEFORE}{name}" for name in before._own}
+        self.parts: dict[str, Part] = dict(parts) | {
+            called: before.parts[name] for name, called in old.items() if before is not None
+        }
         # A list: a ModuleDict refuses names that are attributes of its own, such as "type".
-        self._registered = nn.ModuleList(parts.values())
+        self._registered = nn.ModuleList(self.parts.values())
         self.weights = {name: weights[name] for name in parts}
+        self.weights |= {called: before.weights[name] for name, called in old.items() if before is not None}
         self.schedules = dict(schedules)
         self.values: dict[str, Tensor] = {}
+        self._fade = fade if old else 0.0
+        self._come_in = 1.0
+
+    def take_over(self, state: Mapping[str, Tensor] | None) -> None:
+        """Give the parts that fade out the state of the sum of the stage before; without one nothing fades.
+
+        state: of that sum's `state_dict`; parts that were fading out there are gone.
+        """
+        if state is None:
+            self._fade = 0.0
+            return
+        number = len(self._own)
+        for place, part in enumerate(list(self._registered)[number:]):
+            prefix = f"_registered.{place}."
+            part.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
 
     def follow(self, progress: float) -> dict[str, float]:
         """Set every scheduled number to its value at a share `progress` of the stage; return the values by key."""
         found = {}
+        self._come_in = min(1.0, progress / self._fade) if self._fade else 1.0
+        if self._fade:
+            found["fade"] = self._come_in
         for key, schedule in self.schedules.items():
             value = float(scheduled(progress, shape=schedule.shape, points=schedule.points))
             name, _, number = key.partition(".")
@@ -152,6 +185,9 @@ class SumObjective(nn.Module):
         self.values = {}
         terms = []
         for name, part in self.parts.items():
+            factor = self._come_in if name in self._own else 1.0 - self._come_in
+            if factor == 0.0:
+                continue
             try:
                 loss: Tensor = part(embeddings, labels)
             except ValueError as error:
@@ -159,14 +195,19 @@ class SumObjective(nn.Module):
                     raise
                 raise ValueError(f"{name}: {error}") from error
             self.values[name] = loss.detach()
-            terms.append(self.weights[name] * loss)
+            terms.append(factor * self.weights[name] * loss)
         return sum(terms[1:], start=terms[0])
 
     @torch.no_grad()
     def statistics(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Those of the parts, a further part's under its name; in a sum of several also each loss, unweighted."""
+        """Those of the parts, a further part's under its name; in a sum of several also each loss, unweighted.
+
+        Of the parts that were computed in the batch that `forward` saw last.
+        """
         found: dict[str, Tensor] = {}
         for place, (name, part) in enumerate(self.parts.items()):
+            if name not in self.values:
+                continue
             prefix = f"{name}/" if place else ""
             found |= {f"{prefix}{key}": value for key, value in part.statistics(embeddings, labels).items()}
         several = self.values if len(self.parts) > 1 else {}

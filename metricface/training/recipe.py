@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from metricface.data.augment import Augmentation
+from metricface.training.schedules import Decay
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Model:
     """The trunk.
 
     Args:
-        name: `small` or `sphereface20`.
+        name: `small`, `sphereface20`, `mobilefacenet`, `iresnet18`, `iresnet34`, `iresnet50` or `iresnet100`.
         embedding_dim: Numbers in an embedding.
         options: Keyword arguments of the network's class.
         start: The folder of an exported embedder of the same network, whose weights the trunk starts from; none: they
@@ -145,6 +146,26 @@ class LookAlikes:
 
 
 @dataclass
+class Watch:
+    """How held-out people are asked what a stage does to the network, before it has ended.
+
+    Args:
+        at: Shares of the stage at which validation people are scored, rising; this is not counted as training time. Not
+            in a first stage from random weights, which cannot make them worse.
+        on_regression: What follows where the recipe's figure (`select_by`) lies below what it was at the stage's start:
+            `warn`; `go_back` to the start, and try again at a lower learning rate for what is left of the stage; or
+            `stop` the stage. The best weights seen are kept in any case.
+        tolerance: By how much the figure may lie below.
+        factor: Of the learning rate, for each going back.
+    """
+
+    at: list[float] = field(default_factory=lambda: [0.1])
+    on_regression: Literal["warn", "go_back", "stop"] = "warn"
+    tolerance: float = 0.0
+    factor: float = 0.3
+
+
+@dataclass
 class Stage:
     """One stretch of training: batches from one sampler, one objective, one learning-rate schedule.
 
@@ -163,13 +184,23 @@ class Stage:
         share: Of the recipe's budget, in proportion to the other stages' shares.
         epochs: Length where the recipe has no budget; or give steps.
         steps: Likewise.
+        fade: The share of the stage over which the objective of the stage before fades out in a line, while this one
+            comes in; none: the old one is dropped at once.
         learning_rate: The peak, reached after the warm-up.
         warmup: The share of the stage over which the learning rate rises.
         schedule: How it falls after that.
         optimizer: None: SGD with Nesterov momentum 0.9 and weight decay 5e-4.
         objective_learning_rate: For the head's or loss's own parameters; none: the same as the trunk's.
+        layer_decay: Factor of the learning rate from each layer of the network to the one before it; 1: all alike.
+        learns: What of the network does: `all`, the `embedding_layer` alone, or `nothing`, so that only the head's or
+            loss's own parameters learn. What does not learn keeps its batch-norm statistics, too.
         batch_norm: `train`, or `frozen` to keep the statistics of the stage before (weights still learn).
         clip_norm: Largest norm of the gradient of all parameters together; none: not clipped.
+        chunk: Images in the network at once; none: the whole batch. The objective sees the whole batch either way.
+            Exact with frozen batch norm; otherwise batch norms take the statistics of a chunk for those of the batch.
+        average: Decay of a running average of the weights (0.9999), scored at the end beside the weights themselves;
+            the better of the two stays. None: no average.
+        watch: When validation people are scored before the end, and what follows where they are worse.
     """
 
     name: str
@@ -184,13 +215,19 @@ class Stage:
     share: float = 1.0
     epochs: float | None = None
     steps: int | None = None
+    fade: float | None = None
     learning_rate: float = 0.1
     warmup: float = 0.05
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Decay = field(default_factory=Decay)
     optimizer: Component | None = None
     objective_learning_rate: float | None = None
+    layer_decay: float = 1.0
+    learns: Literal["all", "embedding_layer", "nothing"] = "all"
     batch_norm: Literal["train", "frozen"] = "train"
     clip_norm: float | None = None
+    chunk: int | None = None
+    average: float | None = None
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         """An empty `plus:` or `schedules:` in YAML is null, and means none."""
@@ -239,10 +276,15 @@ class Recipe:
         select_by: The validation figure that decides which weights a stage leaves behind.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         precision: Of the network's forward pass; `auto` is bfloat16 where the device computes in it natively (Ampere
-            and later GPUs; CPUs with avx512_bf16 or AMX), else float32. Losses, mining, evaluation stay in float32.
+            and later GPUs; CPUs with avx512_bf16 or AMX), else float32. With float16 the loss is scaled, and steps
+            whose gradient overflows are left out and counted. Losses, mining, evaluation stay in float32.
+        recompute: Compute activations once more in the backward pass and save the memory for them: for large batches
+            and networks, a third slower.
+        compile: Train the network through torch.compile: some minutes at the start, then faster steps.
         threads: CPU threads of torch; none: torch's own choice.
         log_every: Steps between two points of a curve.
         checkpoint_every: Seconds of training between two checkpoints.
+        checkpoints_kept: How many of the newest stay on the disk.
     """
 
     name: str = "demo"
@@ -253,10 +295,13 @@ class Recipe:
     stages: list[Stage] = field(default_factory=default_stages)
     select_by: Literal["map_at_r", "recall_at_1", "auc", "tar_at_far_1e-2"] = "map_at_r"
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    recompute: bool = False
+    compile: bool = False
     threads: int | None = None
     log_every: int = 20
     checkpoint_every: float = 60.0
+    checkpoints_kept: int = 2
 
 
 def budget_seconds(budget: str | float) -> float:

@@ -7,24 +7,65 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Shape = Literal["cosine", "linear", "constant"]
+Shape = Literal["cosine", "polynomial", "exponential", "step", "constant"]
 Curve = Literal["ramp", "anneal", "step"]
 
 
-def learning_rate(progress: float, *, peak: float, warmup: float, shape: Shape) -> float:
+@dataclass(frozen=True)
+class Decay:
+    """How the learning rate falls once it is warmed up; `t` goes from 0 to 1 over the rest of the stage.
+
+    Args:
+        shape: `cosine`: half a cosine; `polynomial`: (1 - t)^power, a line for power 1; `exponential`: to^t; `step`:
+            times `factor` at each share of `at`; `constant`.
+        start: The share of the stage until which the peak is kept (from the end of the warm-up, if that is later).
+        to: The share of the peak that is left at the end (neither `step` nor `constant`); above 0 for `exponential`.
+        power: Of `polynomial`.
+        at: Shares of the stage, rising, for `step`.
+        factor: For `step`.
+    """
+
+    shape: Shape = "cosine"
+    start: float = 0.0
+    to: float = 0.01
+    power: float = 1.0
+    at: list[float] = field(default_factory=list)
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start < 1.0 or not 0.0 <= self.to <= 1.0:
+            raise ValueError(f"start is a share of the stage, to one of the peak; found {self.start} and {self.to}.")
+        if self.shape == "exponential" and self.to == 0.0:
+            raise ValueError("an exponential decay never comes to 0; set to above it, such as 0.001.")
+        if not self.power > 0.0 or not 0.0 < self.factor <= 1.0:
+            raise ValueError(
+                f"power must be above 0, and factor above 0 and at most 1; found {self.power} and {self.factor}."
+            )
+        if self.at != sorted(set(self.at)) or not all(0.0 < share < 1.0 for share in self.at):
+            raise ValueError(f"at holds shares of the stage, rising between 0 and 1; found {self.at}.")
+        if (self.shape == "step") != bool(self.at):
+            raise ValueError(f"the shape step needs shares of the stage in at, others none; found {self.at}.")
+
+
+def learning_rate(progress: float, *, peak: float, warmup: float, decay: Decay) -> float:
     """Learning rate at a share `progress` in [0, 1] of a stage.
 
     Rises linearly from 1% of `peak` over the first `warmup` share (so that a fresh objective cannot shock a trained
-    trunk), then falls along half a cosine or a line to 1% of `peak`, or stays. Progress beyond 1 counts as 1.
+    trunk), then falls as `decay` says. Progress beyond 1 counts as 1.
+    Sources: triplet-reid (Hermans et al. 2017) is exponential with start t0 / t1 and to .001; Caffe's multistep, as
+    SphereFace uses it, is step.
     """
     progress = min(progress, 1.0)
     if progress < warmup:
         return peak * (0.01 + 0.99 * progress / warmup)
-    if shape == "constant":
-        return peak
-    left = 1.0 - (progress - warmup) / (1.0 - warmup)  # 1 at the peak, 0 at the end
-    fall = 0.5 - 0.5 * math.cos(math.pi * left) if shape == "cosine" else left
-    return peak * (0.01 + 0.99 * fall)
+    begin = max(warmup, decay.start)
+    t = max(0.0, progress - begin) / (1.0 - begin)
+    if decay.shape == "step":
+        return peak * math.pow(decay.factor, sum(progress >= share for share in decay.at))
+    if decay.shape == "exponential":
+        return peak * math.pow(decay.to, t)
+    left = {"cosine": 0.5 + 0.5 * math.cos(math.pi * t), "polynomial": math.pow(1.0 - t, decay.power), "constant": 1.0}
+    return peak * (decay.to + (1.0 - decay.to) * left[decay.shape])
 
 
 def scheduled(progress: float, *, shape: Curve, points: Sequence[Sequence[float]]) -> float:

@@ -1,9 +1,12 @@
 """One stage of training: from the weights it is given to the weights it leaves, in steps that can be interrupted."""
 
+import bisect
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Never
 
 import torch
@@ -17,14 +20,21 @@ from metricface.diagnostics import embedding_statistics
 from metricface.heads.base import Head
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
 from metricface.training import assemble, batches
+from metricface.training.alarms import Alarms
+from metricface.training.averaging import WeightAverage
 from metricface.training.held_out import embed
 from metricface.training.look_alikes import ClassWeights, LookAlikeTables, NoTableError
 from metricface.training.objective import SumObjective
 from metricface.training.people import People
 from metricface.training.recipe import Recipe, Stage, budget_seconds
 from metricface.training.schedules import Clock, learning_rate
+from metricface.training.update import apply_gradient
+from metricface.training.update import embed as embed_batch
 
 Report = Callable[[int, dict[str, float]], None]
+
+# Fields of a StageRun that a checkpoint holds as they are.
+_PLAIN = ("overflows", "rate_factor", "looks", "best", "ended")
 
 
 class TrainingDivergedError(RuntimeError):
@@ -42,7 +52,16 @@ class StageRun:
     clock: Clock
     augmenting: torch.Generator
     precision: torch.dtype
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None
     look_alikes: LookAlikeTables | None
+    alarms: Alarms
+    overflows: int = 0  # steps that were left out since their gradient in float16 overflowed
+    rate_factor: float = 1.0  # of the learning rate, below 1 once the stage has gone back to its start
+    looks: int = 0  # how often it has been watched
+    best: dict[str, Any] | None = None  # the best weights seen then, with `when` and `figure`
+    ended: bool = False  # before its time
+    objective_at_start: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -52,6 +71,10 @@ class StageRun:
             "sampler": self.sampler.state_dict(),
             "clock": self.clock.state_dict(),
             "augmenting": self.augmenting.get_state(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "objective_at_start": self.objective_at_start,
+            **{name: getattr(self, name) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -61,6 +84,31 @@ class StageRun:
         self.sampler.load_state_dict(state["sampler"])
         self.clock.load_state_dict(state["clock"])
         self.augmenting.set_state(state["augmenting"].cpu())
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.objective_at_start = state["objective_at_start"]
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+
+    @property
+    def best_figure(self) -> float:
+        """Of the best weights seen on the way."""
+        return -math.inf if self.best is None else float(self.best["figure"])
+
+    def mark_start(self) -> None:
+        """Remember the objective as it is, to go back to it."""
+        if self.stage.watch.on_regression == "go_back":
+            self.objective_at_start = copy.deepcopy(self.objective.state_dict())
+
+    def go_back(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Begin again from these weights of the trunk and the objective as marked, at a lower learning rate."""
+        model.load_state_dict(weights)
+        self.objective.load_state_dict(self.objective_at_start)
+        self.optimizer.state.clear()
+        self.rate_factor *= self.stage.watch.factor
+        if self.average is not None:
+            self.average = WeightAverage(model, self.average.decay)
 
 
 def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: torch.device) -> StageRun:
@@ -68,7 +116,10 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
     stage = recipe.stages[index]
     seed = recipe.seed + 1000 * index
     sampler = batches.sampler(stage, people.training, seed)
-    objective = assemble.objective(stage, recipe, len(people.training.identities), sampler).to(device)
+    before = assemble.faded(recipe, index)
+    objective = assemble.objective(stage, recipe, len(people.training.identities), sampler, before).to(device)
+    assemble.set_learning(stage, model)
+    precision = assemble.precision(recipe.precision, device)
     return StageRun(
         stage=stage,
         objective=objective,
@@ -76,8 +127,11 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
         sampler=sampler,
         clock=_clock(stage, recipe, len(sampler)),
         augmenting=torch.Generator(device).manual_seed(seed),
-        precision=assemble.precision(recipe.precision, device),
+        precision=precision,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        average=None if stage.average is None else WeightAverage(model, stage.average),
         look_alikes=batches.look_alikes(stage, sampler, people.training, recipe.data.workers, device),
+        alarms=Alarms(stage.name, objective),
     )
 
 
@@ -125,28 +179,39 @@ def train(
     stopped: Callable[[], bool],
     report: Report,
     save: Callable[[], None],
+    warn: Callable[[str], None],
+    look: Callable[[], bool] | None = None,
     class_vectors: ClassWeights | None = None,
 ) -> None:
     """Take steps until the stage is over or `stopped()`; call `report` and `save` as often as the recipe says.
 
+    warn: gets what the logged figures say is going wrong. look: scores held-out people where the stage's watch says,
+    and returns whether the stage ends there.
     class_vectors: of an earlier stage's head, for look-alikes that are found by them.
     Raises TrainingDivergedError when the loss is not finite, before anything of it can reach a checkpoint.
     """
-    stage, clock = run.stage, run.clock
+    clock = run.clock
     loader = batches.loader(people.training, run.sampler, 0 if people.in_memory else recipe.data.workers)
-    model.train()
-    if stage.batch_norm == "frozen":
-        freeze_batch_norm(model)
+    network = assemble.compiled(model, people.training.preprocessing.shape, device) if recipe.compile else model
     saved_at, bar = clock.elapsed, _bar(run)
     endless = _endless(loader)
     tables = run.look_alikes
     clock.start()
     with tables or contextlib.nullcontext():
-        while clock.progress < 1.0 and not stopped():
+        while clock.progress < 1.0 and not run.ended and not stopped():
+            if look is not None and _is_watched(run):
+                run.looks += 1
+                clock.pause()
+                run.ended = look()
+                clock.start()
+                if run.ended:
+                    break
             batch = _next(endless, run)  # not before the test above: a batch that was pulled counts as trained on
             rate = _set_learning_rate(run)
             numbers = run.objective.follow(clock.progress)
-            loss, embeddings, labels = _step(run, recipe, people, model, batch, device)
+            loss, embeddings, labels = _step(run, recipe, network, batch, device)
+            if run.average is not None:
+                run.average.update(model)
             clock.steps += 1
             clock.images += len(labels)
             _advance(bar, clock)
@@ -156,7 +221,10 @@ def train(
                 value = _finite(loss, run)
                 scalars = _scalars(run, embeddings, labels)
                 scalars |= {f"schedule/{key}": number for key, number in numbers.items()}
-                report(clock.steps, {"loss": value, "learning_rate": rate, **scalars})
+                shown = {"loss": value, "learning_rate": rate, **scalars}
+                report(clock.steps, shown)
+                for warning in run.alarms.see(shown):
+                    warn(warning)
                 bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
             if clock.elapsed - saved_at >= recipe.checkpoint_every:
                 if tables is not None:
@@ -171,6 +239,11 @@ def train(
     clock.pause()
     bar.close()
     _check_weights(run, model)
+
+
+def _is_watched(run: StageRun) -> bool:
+    """Whether held-out people are to be scored now; a step may pass several of the shares asked for."""
+    return bisect.bisect_right(run.stage.watch.at, run.clock.progress) > run.looks
 
 
 def _next(endless: Iterator[ImageBatch], run: StageRun) -> ImageBatch:
@@ -190,31 +263,22 @@ def _without_table(run: StageRun, error: NoTableError) -> Exception:
     )
 
 
-def freeze_batch_norm(model: nn.Module) -> None:
-    """Let batch norms normalise by the statistics they have, and keep these; their weights go on learning."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
 def _step(
-    run: StageRun, recipe: Recipe, people: People, model: nn.Module, batch: ImageBatch, device: torch.device
+    run: StageRun, recipe: Recipe, network: nn.Module, batch: ImageBatch, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     images = augment(batch.images.to(device, non_blocking=True), recipe.data.augmentation, run.augmenting)
     labels = batch.labels.to(device, non_blocking=True)
-    with assemble.autocast(run.precision, device):
-        embeddings = model(images).float()  # (B, D), raw
+    autocast = partial(assemble.autocast, run.precision, device)
+    embedded = embed_batch(network, images, autocast, chunk=run.stage.chunk)
+    embeddings = embedded.embeddings
     if not bool(torch.isfinite(embeddings).all()):
         raise _diverged(run, "embeddings are not finite")
     try:
         loss = run.objective(embeddings, labels)
     except ValueError as error:  # rows too long to be squared, for instance: finite, and beyond use
         raise _diverged(run, f"objective refuses its embeddings ({error})") from error
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if run.stage.clip_norm is not None:
-        nn.utils.clip_grad_norm_([*model.parameters(), *run.objective.parameters()], run.stage.clip_norm)
-    run.optimizer.step()
+    if not apply_gradient(loss, embedded, run.optimizer, run.scaler, clip_norm=run.stage.clip_norm):
+        run.overflows += 1
     return loss.detach(), embeddings, labels
 
 
@@ -225,13 +289,16 @@ def _scalars(run: StageRun, embeddings: Tensor, labels: Tensor) -> dict[str, flo
     values = {name: float(value) for name, value in found.items()}
     if run.look_alikes is not None:
         values |= run.look_alikes.scalars(run.clock.steps)
+    if run.scaler.is_enabled():
+        values |= {"loss_scale": run.scaler.get_scale(), "overflows": float(run.overflows)}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _set_learning_rate(run: StageRun) -> float:
     stage = run.stage
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.clock.progress, peak=group["peak"], warmup=stage.warmup, shape=stage.schedule)
+        peak = run.rate_factor * group["peak"]
+        group["lr"] = learning_rate(run.clock.progress, peak=peak, warmup=stage.warmup, decay=stage.schedule)
     rate: float = run.optimizer.param_groups[0]["lr"]
     return rate
 

@@ -19,7 +19,7 @@ def bare_images_per_second(
     shape: (C, H, W). precision: as in training. Takes the median of a few passes after one to warm up; the model
     itself is untouched.
     """
-    twin = copy.deepcopy(model).train()
+    twin = copy.deepcopy(model).requires_grad_(True).train()
     images = torch.randn(batch_size, *shape, device=device).contiguous(memory_format=torch.channels_last)
     seconds = []
     for _ in range(1 + PASSES):

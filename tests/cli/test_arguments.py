@@ -5,8 +5,10 @@ import pytest
 import yaml
 
 from metricface.cli.arguments import Command, parse
-from metricface.training.loop import CHECKPOINT, RECIPE
 from metricface.training.recipe import Component, LookAlikes, Recipe, Schedule, Stage, Term, as_dict
+from metricface.training.run import RECIPE
+
+CHECKPOINT = "checkpoints/000001-0123456789abcdef.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +20,7 @@ def written(folder: str, recipe: Recipe | None = None) -> Path:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / RECIPE).write_text(yaml.safe_dump(as_dict(recipe or Recipe()), sort_keys=False))
+    (path / CHECKPOINT).parent.mkdir(exist_ok=True)
     (path / CHECKPOINT).touch()
     return path
 

@@ -1,6 +1,7 @@
 """From names in a recipe to objects."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 from metricface.heads import CosFace
 from metricface.losses import MarginBasedLoss
 from metricface.miners import BatchHardMiner, CurriculumMiner, SemiHardMiner
-from metricface.training.assemble import HEADS, LOSSES, MINERS, check_names, objective
+from metricface.models import build
+from metricface.models.blocks import Project
+from metricface.models.layers import layers
+from metricface.training.assemble import HEADS, LOSSES, MINERS, check_names, objective, optimizer, set_learning
 from metricface.training.objective import HeadObjective, MinedObjective, Part
 from metricface.training.recipe import Component, Model, Recipe, Schedule, Stage, Term
 
@@ -216,3 +220,57 @@ def test_a_schedule_through_a_value_that_the_constructor_refuses_is_an_error_tha
     check_names(Recipe(stages=[composed(centre__alpha=[[0.0, 0.0], [1.0, 1.0]], centre__weight=[[0.0, 7.0]])]))
     with pytest.raises(ValueError, match=r"schedules\.centre\.alpha goes to 1\.5, which is refused: alpha must lie in"):
         check_names(Recipe(stages=[composed(centre__alpha=[[0.0, 0.5], [1.0, 1.5]])]))
+
+
+HEAD_STAGE = Stage(name="softmax", sampler=SAMPLER, head=Component("CosFace"), learning_rate=0.4)
+
+
+def trunk() -> nn.Module:
+    return build("small", embedding_dim=8, channels=1, height=20, width=20, widths=[4, 6], units=[1, 0])
+
+
+@pytest.mark.parametrize("learns", ["all", "embedding_layer", "nothing"])
+def test_what_does_not_learn_has_no_gradient_and_keeps_its_statistics(learns: str) -> None:
+    model = trunk()
+    set_learning(replace(HEAD_STAGE, learns="nothing"), model)  # of the stage before
+    set_learning(replace(HEAD_STAGE, learns=learns), model)  # type: ignore[arg-type]
+    for module in model.modules():
+        last = any(module is inner for part in model.modules() if isinstance(part, Project) for inner in part.modules())
+        free = learns == "all" or (learns == "embedding_layer" and last)
+        assert all(p.requires_grad is free for p in module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.training is free
+    goal = objective(HEAD_STAGE, RECIPE, 4)
+    learning = {id(p) for group in optimizer(HEAD_STAGE, model, goal).param_groups for p in group["params"]}
+    expected = [p for p in [*model.parameters(), *goal.parameters()] if p.requires_grad]
+    assert learning == {id(p) for p in expected}
+
+
+def test_frozen_batch_norm_has_weights_that_learn() -> None:
+    model = trunk()
+    set_learning(replace(HEAD_STAGE, batch_norm="frozen"), model)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_nothing_that_learns_is_an_error() -> None:
+    stage = Stage(name="triplet", sampler=SAMPLER, loss=Component("TripletLoss"), learns="nothing")
+    model = trunk()
+    set_learning(stage, model)
+    with pytest.raises(ValueError, match="nothing learns"):
+        optimizer(stage, model, objective(stage, RECIPE, 4))
+
+
+def test_the_learning_rate_falls_from_the_last_layer_to_the_first() -> None:
+    model = trunk()
+    goal = objective(HEAD_STAGE, RECIPE, 4)
+    made = optimizer(replace(HEAD_STAGE, layer_decay=0.5, objective_learning_rate=3.0), model, goal)
+    peaks = {id(p): group["peak"] for group in made.param_groups for p in group["params"]}
+    for place, layer in enumerate(reversed(layers(model))):
+        assert {peaks[id(p)] for p in layer.parameters()} == {0.4 * 0.5**place}
+    assert {peaks[id(p)] for p in goal.parameters()} == {3.0}
+    decays = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
+    assert all((decays[id(p)] == 0.0) == (p.ndim <= 1) for p in model.parameters())
+    assert len(peaks) == len([*model.parameters(), *goal.parameters()])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metricface.training import assemble, batches, look_alikes, loop, stages
+from metricface.training import assemble, batches, checkpoint, look_alikes, selection, stages
 from metricface.training.contradictions import check
 from metricface.training.held_out import embed
 from metricface.training.look_alikes import LookAlikeTables
@@ -121,7 +121,7 @@ def test_class_vectors_cost_no_pass_over_the_images(
     assert alike.stages[1].look_alikes is not None
     alike.stages[1].look_alikes = LookAlikes(source="head")
     alike.select_by = "auc"
-    monkeypatch.setattr(loop, "_number", lambda figure: 0.0)  # so that every stage's end is kept
+    monkeypatch.setattr(selection, "_number", lambda figure: 0.0)  # so that every stage's end is kept
     monkeypatch.setattr(look_alikes, "embed", lambda *_: pytest.fail("images were embedded"))
     run = train(alike, tmp_path / "run", say=quiet)
     assert run.class_vectors is not None
@@ -208,7 +208,7 @@ def test_a_table_that_failed_and_is_not_in_force_yet_keeps_nothing_from_being_sa
     alike.checkpoint_every = checkpoint_every
     stopped = train(alike, tmp_path / "run", stopped=after(6 + 2 + 30), say=quiet)
     assert stopped.interrupted
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = checkpoint.load(tmp_path / "run", torch.device("cpu"))
     assert [kept["at"] for kept in state["stage"]["sampler"]["neighbours"]] == [0]
 
 

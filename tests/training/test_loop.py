@@ -1,3 +1,5 @@
+import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,11 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import metricface
 from metricface.data.images import UnreadableImageError
-from metricface.training import assemble, loop, stages
+from metricface.training import assemble, checkpoint, loop, selection, stages
+from metricface.training.averaging import WeightAverage
 from metricface.training.held_out import HeldOut, embed
-from metricface.training.loop import Moment, Run, train
+from metricface.training.loop import train
 from metricface.training.objective import MinedObjective
-from metricface.training.recipe import Component, Recipe
+from metricface.training.recipe import Component, Recipe, Watch
+from metricface.training.run import Moment, Run
+from metricface.training.schedules import Decay
 from metricface.training.stages import TrainingDivergedError
 
 
@@ -117,7 +122,7 @@ def test_a_stage_that_ends_below_its_start_gives_the_better_weights_back_and_say
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = iter([0.1, 0.6, 0.5])  # start, after softmax, after triplet
-    real = loop._evaluate
+    real = selection.evaluate
     seen: list[dict[str, torch.Tensor]] = []
 
     def scripted(run: Run, when: str) -> Moment:
@@ -126,7 +131,9 @@ def test_a_stage_that_ends_below_its_start_gives_the_better_weights_back_and_say
         seen.append({name: value.clone() for name, value in weights(run).items()})
         return moment
 
-    monkeypatch.setattr(loop, "_evaluate", scripted)
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    monkeypatch.setattr(selection, "evaluate", scripted)
+    recipe.stages[1].watch.at = []
     run = train(recipe, tmp_path / "run", say=quiet)
     assert_same(weights(run), seen[1])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -165,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     recipe.stages[0].learning_rate = 1e30
     with pytest.raises(TrainingDivergedError, match=r"Stage 'softmax' has diverged.*stages\.softmax\.learning_rate"):
         train(recipe, tmp_path / "run", say=quiet)
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = checkpoint.load(tmp_path / "run", torch.device("cpu"))
     assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
 
 
@@ -234,7 +241,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_still_learns(recipe: Recipe,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "begin", begin)
-        patch.setattr(loop, "_keep_better", lambda run, name: None)
+        patch.setattr(loop, "keep_best", lambda run, name: None)
         run = train(recipe, tmp_path / "run", say=quiet)
     after = weights(run)
     running = [name for name in after if "running" in name]
@@ -280,7 +287,7 @@ def test_a_recipe_that_cannot_work_fails_before_training(
     change(recipe)
     with pytest.raises(ValueError, match=says):
         train(recipe, tmp_path / "run", say=quiet)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_people_with_one_image_become_negatives_of_balanced_batches_and_are_said_so(
@@ -344,3 +351,201 @@ def test_a_start_that_does_not_fit_is_refused(
         setattr(recipe.model, name, value)
     with pytest.raises((ValueError, OSError), match=words):
         train(recipe, tmp_path / "second", say=quiet)
+
+
+def scripted_figures(monkeypatch: pytest.MonkeyPatch, figures: list[float]) -> None:
+    """What validation people say, in the order in which they are asked."""
+    real, left = HeldOut.score, iter(figures)
+
+    def score(self: HeldOut, *rest: Any) -> Any:
+        found = real(self, *rest)
+        if self.name == "validation":
+            found.figures["map_at_r"] = next(left)
+        return found
+
+    monkeypatch.setattr(HeldOut, "score", score)
+
+
+@pytest.mark.parametrize("raw", [0.5, 0.9])
+def test_the_better_of_the_weights_and_their_average_is_kept(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: float
+) -> None:
+    recipe.stages[1].average = 0.9
+    recipe.stages[1].watch.at = []
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    real = WeightAverage.in_place_of
+
+    @contextlib.contextmanager
+    def in_place_of(self: WeightAverage, model: torch.nn.Module) -> Any:
+        kept["raw"] = copy.deepcopy(model.state_dict())
+        with real(self, model):
+            kept["averaged"] = copy.deepcopy(model.state_dict())
+            yield
+
+    monkeypatch.setattr(WeightAverage, "in_place_of", in_place_of)
+    scripted_figures(monkeypatch, [0.1, 0.2, raw, 0.7])
+    run = train(recipe, tmp_path / "run", say=quiet)
+    better = "raw" if raw == 0.9 else "averaged"
+    assert_same(weights(run), kept[better])
+    assert not torch.equal(kept["raw"]["project.linear.weight"], kept["averaged"]["project.linear.weight"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [moment["when"] for moment in report["history"]][2:] == ["after triplet", "after triplet, averaged"]
+    assert [moment["kept"] for moment in report["history"]][2:] == [raw == 0.9, raw == 0.5]
+    assert report["final"]["when"] == ("after triplet" if raw == 0.9 else "after triplet, averaged")
+
+
+def test_an_average_below_the_start_goes_back_to_it(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.stages[1].average = 0.9
+    recipe.stages[1].watch.at = []
+    scripted_figures(monkeypatch, [0.1, 0.8, 0.6, 0.7])
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert [moment.kept for moment in run.history] == [True, True, False, False]
+    assert "(map_at_r 0.8000 -> 0.7000)" in run.notes[0]
+
+
+def test_a_regression_is_seen_on_the_way_and_warned_of(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_figures(monkeypatch, [0.1, 0.8, 0.7, 0.9])
+    run = train(recipe, tmp_path / "run", say=quiet)
+    said = "triplet at 20%, the validation people are worse than at its start (map_at_r 0.8000 -> 0.7000)"
+    assert said in run.notes[0]
+    assert "Lower stages.triplet.learning_rate" in run.notes[0]
+    assert [stage["steps"] for stage in run.stage_reports] == [6, 5]
+    assert [moment.when for moment in run.history] == ["start", "after softmax", "after triplet"]
+
+
+def test_within_the_tolerance_nothing_is_said(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe.stages[1].watch = Watch(on_regression="stop", tolerance=0.15)
+    scripted_figures(monkeypatch, [0.1, 0.8, 0.7, 0.9])
+    assert train(recipe, tmp_path / "run", say=quiet).notes == []
+
+
+def test_after_a_regression_a_stage_stops_and_the_best_weights_are_kept(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.stages[1].watch = Watch(at=[0.1, 0.5], on_regression="stop")
+    scripted_figures(monkeypatch, [0.1, 0.6, 0.9, 0.5, 0.4, 0.9])
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert [stage["steps"] for stage in run.stage_reports] == [6, 3]
+    assert [moment.when for moment in run.history] == ["start", "after softmax", "after triplet", "triplet at 20%"]
+    assert [moment.kept for moment in run.history] == [True, True, False, True]
+    recipe.stages[1].watch = Watch(at=[])
+    monkeypatch.undo()
+    scripted_figures(monkeypatch, [0.1, 0.6])
+    first = train(recipe, tmp_path / "one", stopped=after(8), say=quiet)  # 6 steps, once more, and 1: where it was best
+    assert_same(weights(run), weights(first))
+
+
+def test_after_a_regression_a_stage_goes_back_and_on_at_a_lower_learning_rate(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.stages[1].watch = Watch(at=[0.3], on_regression="go_back", factor=0.25)
+    recipe.stages[1].warmup, recipe.stages[1].schedule = 0.0, Decay("constant")
+    recipe.log_every = 1
+    scripted_figures(monkeypatch, [0.1, 0.6, 0.5, 0.9])
+    went: list[bool] = []
+    real = stages.StageRun.go_back
+
+    def go_back(self: stages.StageRun, model: torch.nn.Module, start: dict[str, torch.Tensor]) -> None:
+        real(self, model, start)
+        went.append(all(torch.equal(value, start[name]) for name, value in model.state_dict().items()))
+        assert not self.optimizer.state
+
+    monkeypatch.setattr(stages.StageRun, "go_back", go_back)
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert went == [True]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    rates = [event.value for event in events.Scalars("triplet/learning_rate")]
+    assert rates == pytest.approx([0.01, 0.01, 0.0025, 0.0025, 0.0025])
+    assert "Going back to the start, with 0.25 times the learning rate" in run.notes[0]
+
+
+@pytest.mark.parametrize("on_regression", ["go_back", "stop"])
+@pytest.mark.parametrize("steps", [7, 8, 9])
+def test_a_watched_stage_resumes_to_the_weights_of_an_uninterrupted_one(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_regression: Any, steps: int
+) -> None:
+    recipe.stages[1].watch = Watch(at=[0.3], on_regression=on_regression)
+    recipe.stages[1].average = 0.9
+    figures = [0.1, 0.6, 0.5, 0.9, 0.8]
+    scripted_figures(monkeypatch, figures)
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    monkeypatch.undo()
+    scripted_figures(monkeypatch, figures)
+    train(recipe, tmp_path / "run", stopped=after(steps), say=quiet)
+    resumed = train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert_same(weights(whole), weights(resumed))
+    assert whole.stage_reports[1]["steps"] == resumed.stage_reports[1]["steps"]
+
+
+def test_a_first_stage_from_random_weights_is_not_watched(recipe: Recipe, tmp_path: Path) -> None:
+    said: list[str] = []
+    train(recipe, tmp_path / "run", say=said.append)
+    assert not any(line.startswith("softmax at") for line in said)
+    assert any(line.startswith("triplet at 20%: validation accuracy") for line in said)
+
+
+def test_an_embedding_layer_alone_learns_and_a_frozen_trunk_stays(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.stages[1].learns = "embedding_layer"
+    started: list[dict[str, torch.Tensor]] = []
+
+    def keep(run: Run, under_way: stages.StageRun) -> bool:
+        started.append(run.start_weights)
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "keep_best", keep)
+        run = train(recipe, tmp_path / "run", say=quiet)
+    changed = {name for name, value in weights(run).items() if not torch.equal(value, started[1][name])}
+    assert changed
+    assert all(name.startswith("project.") for name in changed)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_chunks_recomputation_and_precisions_train_and_resume(recipe: Recipe, tmp_path: Path, precision: Any) -> None:
+    recipe.precision, recipe.recompute = precision, True
+    for stage in recipe.stages:
+        stage.chunk, stage.average, stage.clip_norm, stage.layer_decay = 10, 0.99, 1.0, 0.9
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    train(recipe, tmp_path / "run", stopped=after(8), say=quiet)
+    assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
+    assert ("overflows" in whole.stage_reports[0]) is (precision == "float16")
+
+
+def test_a_collapse_is_named_in_the_notes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe.log_every, recipe.stages[1].steps = 1, 6
+    real = stages._scalars
+    monkeypatch.setattr(stages, "_scalars", lambda *given: real(*given) | {"embedding/spread": 0.01})
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert len([note for note in run.notes if "collapsing to one point" in note]) == 2  # of each stage once
+
+
+@pytest.mark.parametrize("steps", [6, 8])
+def test_an_objective_fades_into_the_next_and_resumes(recipe: Recipe, tmp_path: Path, steps: int) -> None:
+    recipe.stages[1].fade, recipe.log_every = 0.5, 1
+    with pytest.MonkeyPatch.context() as patch:
+        scripted_figures(patch, [0.1, 0.2, 0.3, 0.4])
+        whole = train(recipe, tmp_path / "whole", say=quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        scripted_figures(patch, [0.1, 0.2, 0.3, 0.4, 0.5])
+        train(recipe, tmp_path / "run", stopped=after(steps), say=quiet)
+        resumed = train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert_same(weights(whole), weights(resumed))
+    events = EventAccumulator(str(tmp_path / "whole" / "tensorboard"))
+    events.Reload()
+    come_in = [event.value for event in events.Scalars("triplet/schedule/fade")]
+    assert come_in == pytest.approx([0.0, 0.4, 0.8, 1.0, 1.0])
+    assert len(events.Scalars("triplet/term/before/head")) == 3
+
+
+def test_there_is_nothing_to_fade_from_where_the_stage_before_was_not_kept(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.stages[1].fade = 0.5
+    scripted_figures(monkeypatch, [0.5, 0.2, 0.6, 0.7])
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert "has nothing to fade from" in run.notes[1]

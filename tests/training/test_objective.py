@@ -264,3 +264,50 @@ def test_a_term_named_like_a_figure_of_the_main_loss_hides_nothing() -> None:
     assert parts["loss"].loss.last is not None
     assert torch.equal(found["loss/intra"], parts["loss"].loss.last["intra"])
     assert torch.equal(found["term/intra"], objective.values["intra"])
+
+
+def sums(fade: float = 0.5) -> tuple[SumObjective, SumObjective]:
+    """A head's sum as it was trained, and a triplet loss that takes its place."""
+    torch.manual_seed(0)
+    head = HeadObjective(CosFace(4, 8))
+    old = SumObjective({"head": head}, {"head": 2.0}, {})
+    fresh = SumObjective({"head": HeadObjective(CosFace(4, 8))}, {"head": 2.0}, {})
+    new = SumObjective(
+        {"loss": MinedObjective(TripletLoss(), BatchHardMiner())}, {"loss": 3.0}, {}, before=fresh, fade=fade
+    )
+    return old, new
+
+
+@pytest.mark.parametrize(("progress", "come_in"), [(0.0, 0.0), (0.125, 0.25), (0.25, 0.5), (0.5, 1.0), (0.9, 1.0)])
+def test_an_objective_fades_out_in_a_line_while_the_next_comes_in(progress: float, come_in: float) -> None:
+    old, new = sums()
+    new.take_over(old.state_dict())
+    embeddings, labels = torch.randn(12, 8), torch.arange(12) // 3
+    assert new.follow(progress) == {"fade": come_in}
+    found = float(new(embeddings, labels))
+    before = float(old(embeddings, labels))
+    mined = 3.0 * float(MinedObjective(TripletLoss(), BatchHardMiner())(embeddings, labels))
+    assert found == pytest.approx((1.0 - come_in) * before + come_in * mined, rel=1e-5)
+    assert ("loss" in new.values, "before/head" in new.values) == (come_in > 0.0, come_in < 1.0)
+    assert any("accuracy" in name for name in new.statistics(embeddings, labels)) is (come_in < 1.0)
+
+
+def test_what_fades_out_goes_on_learning_and_its_state_is_saved() -> None:
+    old, new = sums()
+    new.take_over(old.state_dict())
+    other = sums()[1]
+    other.load_state_dict(new.state_dict())
+    new.follow(0.1)
+    new(torch.randn(12, 8), torch.arange(12) // 3).backward()
+    grads = [p.grad for p in new.parameters()]
+    assert len(grads) == 1
+    assert grads[0] is not None
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_without_a_stage_to_take_over_from_nothing_fades() -> None:
+    _, new = sums()
+    new.take_over(None)
+    assert new.follow(0.0) == {}
+    new(torch.randn(12, 8), torch.arange(12) // 3)
+    assert set(new.values) == {"loss"}

@@ -10,10 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metricface.training import assemble, loop, stages
 from metricface.training.held_out import embed
-from metricface.training.loop import Run, train
+from metricface.training.loop import train
 from metricface.training.objective import HeadObjective
 from metricface.training.people import People
 from metricface.training.recipe import Component, Recipe, Schedule, Stage, Term
+from metricface.training.run import Run
 from metricface.training.stages import StageRun, TrainingDivergedError
 from tests.training.test_loop import after, assert_same, quiet, weights
 
@@ -44,7 +45,7 @@ def composed(recipe: Recipe) -> Recipe:
 @pytest.fixture
 def _end_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """So short a stage often ends below its start, and runs that went back there would all be the same."""
-    monkeypatch.setattr(loop, "_keep_better", lambda run, name: None)
+    monkeypatch.setattr(loop, "keep_best", lambda run, name: None)
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
@@ -175,7 +176,7 @@ def test_parts_that_do_not_go_together_are_found_before_the_first_stage_and_are_
     composed.stages[0].plus[0].loss = Component("TakesNoTuple")
     with pytest.raises(ValueError, match="Stage 'sum': triplet: TakesNoTuple takes no miner's tuple"):
         train(composed, tmp_path / "run", say=quiet)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("name", sorted(assemble.HEADS))

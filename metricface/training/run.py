@@ -1,0 +1,116 @@
+"""A run: what it has come to, and all that a checkpoint holds of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metricface.monitoring.board import Board
+from metricface.training import checkpoint
+from metricface.training.held_out import Figures, HeldOut
+from metricface.training.look_alikes import ClassWeights
+from metricface.training.people import People
+from metricface.training.recipe import Recipe
+from metricface.training.stages import StageRun
+
+RECIPE = "recipe.yaml"
+REPORT = "report.json"
+EXPORT = "model"
+
+
+@dataclass
+class Moment:
+    """One evaluation of the run, on both held-out sets. kept: these weights went on."""
+
+    when: str
+    validation: Figures
+    test: Figures
+    kept: bool = True
+
+
+@dataclass
+class Run:
+    """What a run has come to; `history` and `notes` are what its report says."""
+
+    recipe: Recipe
+    folder: Path
+    people: People
+    device: torch.device
+    model: nn.Module
+    held_out: tuple[HeldOut, HeldOut]
+    say: Callable[[str], None]
+    index: int = 0
+    step: int = 0
+    history: list[Moment] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    stage_reports: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+    class_vectors: ClassWeights | None = None  # of the head of the last kept stage that had one
+    objective_before: dict[str, Tensor] | None = None  # of the last stage, if it was kept and fades out in the next one
+    start_weights: dict[str, Tensor] = field(default_factory=dict)
+    _board: Board | None = None
+
+    @property
+    def board(self) -> Board:
+        """Where curves go; opened when the first is written, or by `restore`, which knows from which step on."""
+        if self._board is None:
+            self._board = Board(self.folder)
+        return self._board
+
+    def note(self, text: str) -> None:
+        """Say something that the report says, too."""
+        self.notes.append(text)
+        self.say(text)
+
+    def state_dict(self, under_way: StageRun | None) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        return {
+            "people": self.people.digest(),
+            "index": self.index,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "start_weights": self.start_weights,
+            "class_vectors": None if self.class_vectors is None else tuple(self.class_vectors),
+            "objective_before": self.objective_before,
+            "stage": None if under_way is None else under_way.state_dict(),
+            "history": [vars(moment) for moment in self.history],
+            "notes": self.notes,
+            "stage_reports": self.stage_reports,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def save(self, under_way: StageRun | None = None) -> None:
+        """Write a checkpoint, atomically, and keep the newest few."""
+        checkpoint.save(self.state_dict(under_way), self.folder, kept=self.recipe.checkpoints_kept)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint, but for the stage under way.
+
+        Raises ValueError where the images are not those the run was started with: people once trained on could
+        otherwise end up among those that are scored.
+        """
+        if state["people"] != self.people.digest():
+            raise ValueError(
+                f"The images have changed since the run in {self.folder} was started, and with them who is trained on "
+                "and who is scored. Restore the folders, or start a new run."
+            )
+        self.index, self.step = state["index"], state["step"]
+        self.model.load_state_dict(state["model"])
+        self.start_weights = state["start_weights"]
+        self.class_vectors = None if state["class_vectors"] is None else ClassWeights(*state["class_vectors"])
+        self.objective_before = state["objective_before"]
+        self.history = [Moment(**moment) for moment in state["history"]]
+        self.notes, self.stage_reports = state["notes"], state["stage_reports"]
+        restore_randomness(state)
+        self._board = Board(self.folder, after=self.step)
+
+
+def restore_randomness(state: dict[str, Any]) -> None:
+    """Let torch's global generators go on from where they stood in a checkpoint."""
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])

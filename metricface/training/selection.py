@@ -1,0 +1,125 @@
+"""What held-out people say of a stage on its way and at its end, and which of its weights go on."""
+
+import copy
+from typing import Literal, NamedTuple
+
+from metricface.data.images import UnreadableImageError
+from metricface.training.held_out import Figures, Scored
+from metricface.training.run import Moment, Run
+from metricface.training.stages import StageRun, TrainingDivergedError
+
+Answer = Literal["go on", "go back", "stop"]
+
+
+class _Candidate(NamedTuple):
+    """Weights that may go on, by their figure on validation people."""
+
+    when: str
+    figure: float
+    moment: Moment | None  # none for weights seen on the way, which test people have not scored
+
+
+def evaluate(run: Run, when: str) -> Moment:
+    """Score the network as it stands on both held-out sets, show it, and add it to the run's history."""
+    scored: list[Scored] = [people.score(run.model, run.device) for people in run.held_out]
+    moment = Moment(when, scored[0].figures, scored[1].figures)
+    run.history.append(moment)
+    for people, found in zip(run.held_out, scored, strict=True):
+        run.board.held_out(run.step, people.name, found.figures, found.scores, found.same, found.curve)
+    run.say(f"{when}: " + ", ".join(f"{p.name} {_brief(s.figures)}" for p, s in zip(run.held_out, scored, strict=True)))
+    return moment
+
+
+def look(run: Run, under_way: StageRun) -> Answer:
+    """Score the validation people while a stage is under way, and answer a regression as the stage's watch says.
+
+    The best weights seen on the way are kept aside, should the end be worse.
+    """
+    watch, key = under_way.stage.watch, run.recipe.select_by
+    when = f"{under_way.stage.name} at {under_way.clock.progress:.0%}"
+    before = _number(_start(run).validation[key])
+    try:
+        figures = run.held_out[0].score(run.model, run.device).figures
+    except UnreadableImageError:
+        raise
+    except ValueError as error:
+        raise _diverged(under_way, when, error) from error
+    now = _number(figures[key])
+    run.board.scalars(run.step, {f"{under_way.stage.name}/validation/{key}": now})
+    run.say(f"{when}: validation {_brief(figures)}")
+    if now > max(before, under_way.best_figure):
+        under_way.best = {"when": when, "figure": now, "weights": copy.deepcopy(run.model.state_dict())}
+    if now >= before - watch.tolerance:
+        return "go on"
+    answers: dict[str, tuple[str, Answer]] = {
+        "warn": (
+            f"Lower stages.{under_way.stage.name}.learning_rate, or let the stage answer by itself "
+            "(watch.on_regression: go_back or stop).",
+            "go on",
+        ),
+        "go_back": (f"Going back to the start, with {watch.factor:g} times the learning rate.", "go back"),
+        "stop": ("The stage ends here; the best weights are kept.", "stop"),
+    }
+    told, answer = answers[watch.on_regression]
+    run.note(f"{when}, the validation people are worse than at its start ({key} {before:.4f} -> {now:.4f}). {told}")
+    return answer
+
+
+def keep_best(run: Run, under_way: StageRun) -> bool:
+    """Score the end of a stage, and its average; keep the best of these, of its start, and of what was seen on the way.
+
+    Best is what validation people say. Returns whether the stage has changed the weights.
+    """
+    name, average, key = under_way.stage.name, under_way.average, run.recipe.select_by
+    start = _start(run)
+    ends = [_end(run, under_way, f"after {name}")]
+    if average is not None:
+        with average.in_place_of(run.model):
+            ends.append(_end(run, under_way, f"after {name}, averaged"))
+    found = [_Candidate(end.when, _number(end.validation[key]), end) for end in ends]
+    if under_way.best is not None:
+        found.append(_Candidate(under_way.best["when"], under_way.best_figure, None))
+    best = max(found, key=lambda candidate: candidate.figure)
+    before = _number(start.validation[key])
+    for end in ends:
+        end.kept = end is best.moment and best.figure >= before
+    if best.figure < before:
+        run.model.load_state_dict(run.start_weights)
+        run.note(
+            f"Stage {name!r} ended below its start on the validation people ({key} {before:.4f} -> {best.figure:.4f}); "
+            f"the weights from before it were kept."
+        )
+        return False
+    if best.moment is None:
+        assert under_way.best is not None
+        run.model.load_state_dict(under_way.best["weights"])
+        evaluate(run, best.when)
+    elif average is not None and best.moment is not ends[0]:
+        average.copy_to(run.model)
+    return True
+
+
+def _start(run: Run) -> Moment:
+    return [moment for moment in run.history if moment.kept][-1]
+
+
+def _end(run: Run, under_way: StageRun, when: str) -> Moment:
+    try:
+        return evaluate(run, when)
+    except UnreadableImageError:  # of held-out people; the checkpoint holds the stage's end
+        raise
+    except ValueError as error:
+        raise _diverged(under_way, when, error) from error
+
+
+def _diverged(under_way: StageRun, when: str, error: ValueError) -> TrainingDivergedError:
+    return TrainingDivergedError(f"Stage {under_way.stage.name!r} has diverged ({when}): {error}")
+
+
+def _number(figure: float | int | None) -> float:
+    return float("-inf") if figure is None else float(figure)
+
+
+def _brief(figures: Figures) -> str:
+    shown = (("accuracy", "accuracy"), ("R@1", "recall_at_1"), ("MAP@R", "map_at_r"))
+    return " ".join(f"{title} {_number(figures[key]):.3f}" for title, key in shown)
