@@ -2,12 +2,14 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from metricface.cli.arguments import parse
+from metricface.cli.arguments import Command, parse
+from metricface.distributed import rank
+from metricface.training import ranks
 from metricface.training.interrupt import StopRequest
 from metricface.training.loop import train
 from metricface.training.report import table
@@ -19,14 +21,33 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Returns 0; 1 where the run failed; 2 for wrong arguments; 130 where it was interrupted."""
-    command = parse(sys.argv[1:] if argv is None else argv)
-    say = tqdm.write  # prints above a progress bar, not through it
+    with ranks.together():
+        return _run(_command(sys.argv[1:] if argv is None else argv))
+
+
+def _command(argv: Sequence[str]) -> Command:
+    """What the user asked for, read once: all ranks write to one folder. Exits on wrong arguments."""
+    found: Command | int | str | None = None
+    if ranks.speaks():
+        try:
+            found = parse(argv)
+        except SystemExit as error:
+            found = error.code
+    found = ranks.from_first(found)
+    if not isinstance(found, Command):
+        sys.exit(found)
+    return found
+
+
+def _run(command: Command) -> int:
+    # Prints above a progress bar, not through it.
+    say: Callable[[str], None] = tqdm.write if ranks.speaks() else _silently
     say(f"run        {command.folder}")
     with StopRequest(say) as stopped:
         try:
             run = train(command.recipe, command.folder, resume=command.resume, stopped=stopped, say=say)
         except (ValueError, OSError, TrainingDivergedError) as error:
-            print(f"metricface-train: {error}", file=sys.stderr)
+            print(f"metricface-train{'' if ranks.speaks() else f' (rank {rank()})'}: {error}", file=sys.stderr)
             _leave_no_empty_folder(command.folder)
             return 1
         except KeyboardInterrupt:
@@ -38,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     say("\n" + _summary(run))
     return 0
+
+
+def _silently(_: str) -> None:
+    """In place of a print, on the ranks that do not speak."""
 
 
 def _leave_no_empty_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from metricface import heads, losses, miners, models
 from metricface.choices import is_number
 from metricface.data.images import ImageSet
+from metricface.distributed import rank, world_size
 from metricface.losses import mined
 from metricface.models.embedder import Embedder, evaluating, load
 from metricface.models.layers import freeze_statistics, layers, recompute_activations
@@ -25,6 +26,7 @@ from metricface.training.objective import (
     SumObjective,
     mines_for_itself,
 )
+from metricface.training.ranks import local_rank
 from metricface.training.recipe import Component, Recipe, Stage, Term
 from samplers import PairBatchSampler
 
@@ -136,9 +138,9 @@ def _trial(term: Term, embedding_dim: int, options: dict[str, float]) -> nn.Modu
 
 
 def device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU. Raises ValueError for one that is not there."""
+    """`auto` is this process's CUDA device where there is one, else the CPU. Raises ValueError for one not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -229,10 +231,18 @@ def objective(
         old = objective(before, recipe, num_classes)
         old.follow(1.0)  # numbers on schedules stay as they end
     terms = stage.terms()
-    pairs = GivenPairs(batches.indices_tuple) if isinstance(batches, PairBatchSampler) else None
+    pairs = _given_pairs(recipe, batches)
     parts = {term.name: _part(term, num_classes, recipe.model.embedding_dim, pairs) for term in terms}
     weights = {term.name: term.weight for term in terms}
     return SumObjective(parts, weights, stage.schedules, before=old, fade=stage.fade or 0.0)
+
+
+def _given_pairs(recipe: Recipe, batches: Sampler | None) -> GivenPairs | None:
+    """Where the pairs of a PairBatchSampler are in the batches that an objective sees, of all ranks or of this one."""
+    if not isinstance(batches, PairBatchSampler):
+        return None
+    images = 2 * batches.pairs_per_batch // batches.world_size
+    return GivenPairs(batches.indices_tuple, images, batches.world_size if recipe.mining == "joined" else 1)
 
 
 def faded(recipe: Recipe, index: int) -> Stage | None:
@@ -311,12 +321,12 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
     """
     for index, stage in enumerate(recipe.stages):
         try:
-            batches = sampler(stage, images, recipe.seed)
+            batches = sampler(stage, images, recipe.seed, rank=rank(), world_size=world_size())
             look_alikes(stage, batches, images, recipe.data.workers, torch.device("cpu"))
             goal = objective(stage, recipe, len(images.identities), batches, faded(recipe, index))
             for progress in (0.0, 1.0) if stage.fade else (0.0,):
                 goal.follow(progress)
-                goal(*_rehearsed(batches, recipe.model.embedding_dim))
+                goal(*_rehearsed(_given_pairs(recipe, batches), recipe.model.embedding_dim))
             trial = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
             set_learning(stage, trial)
             optimizer(stage, trial, goal)
@@ -327,10 +337,10 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
             ) from error
 
 
-def _rehearsed(batches: Sampler, embedding_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rehearsed(pairs: GivenPairs | None, embedding_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random embeddings and labels that look like one of these batches as far as a loss can tell."""
     labels = torch.tensor([0, 0, 1, 1])
-    if isinstance(batches, PairBatchSampler):
-        labels = torch.zeros(2 * batches.pairs_per_batch, dtype=torch.int64)
-        labels[batches.indices_tuple[3]] = 1
+    if pairs is not None:
+        labels = torch.zeros(2 * sum(map(len, pairs.pairs[::2])), dtype=torch.int64)
+        labels[pairs.pairs[3]] = 1
     return torch.randn(len(labels), embedding_dim, generator=torch.Generator().manual_seed(0)), labels

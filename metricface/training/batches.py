@@ -23,24 +23,27 @@ SAMPLERS = by_name(ImageBatchSampler, IdentityBalancedBatchSampler, LookAlikeBat
 GIVEN = ("seed", "rank", "world_size", "neighbours")
 
 
-def sampler(stage: Stage, images: ImageSet, seed: int) -> Sampler:
+def sampler(stage: Stage, images: ImageSet, seed: int, *, rank: int = 0, world_size: int = 1) -> Sampler:
     """Batches for a stage over the training people.
 
     People with one image offer no positive pair. Where the recipe does not say how many of them a batch of identities
-    takes as negatives (`singletons_per_batch`), it takes as many as it has identities, if there are so many. The option
+    takes as negatives (`singletons_per_batch`), it takes as many as it has identities, if there are so many. rank,
+    world_size: this process's part of each batch. The option
     `groups` of a recipe is a regular expression with one group, searched in each image's key: what it captures is the
     camera, session, ... of the image. A LookAlikeBatchSampler knows nobody's look-alikes yet.
     """
     name, options = stage.sampler.name, dict(stage.sampler.options)
     if name == ImageBatchSampler.__name__:
-        plain: Sampler = build("sampler", stage.sampler, SAMPLERS, len(images), seed=seed)
+        part = {"rank": rank, "world_size": world_size}
+        plain: Sampler = build("sampler", stage.sampler, SAMPLERS, len(images), seed=seed, **part)
         return plain
     if options.get("groups") is not None:
         options["groups"] = captured(images.keys, str(options["groups"]))
-    known: dict[str, Any] = {"seed": seed}
+    known: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
     if name != PairBatchSampler.__name__:
         singles = int((images.counts() == 1).sum())
-        options.setdefault("singletons_per_batch", min(singles, options.get("identities_per_batch", 0)))
+        most = min(singles, options.get("identities_per_batch", 0))
+        options.setdefault("singletons_per_batch", most - most % world_size)
     if name == LookAlikeBatchSampler.__name__:
         known["neighbours"] = np.full((len(images.identities), 1), -1)
     made: Sampler = build("sampler", Component(name, options), SAMPLERS, images.labels, **known)
@@ -96,8 +99,10 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[ImageBatch]:
+def loader(images: ImageSet, batches: Sampler, workers: int, on: torch.device) -> DataLoader[ImageBatch]:
     """Whole batches of a set; read ahead by `workers` processes (0 for a set in memory, where a batch is one copy).
+
+    on: where they go; on the way to a GPU they lie in pinned memory, so that the copy runs beside the step.
 
     Workers live as long as the loader: starting them anew each epoch would fork beside a thread that looks for
     look-alikes, and a child can inherit a lock that is never released.
@@ -112,4 +117,5 @@ def loader(images: ImageSet, batches: Sampler, workers: int) -> DataLoader[Image
         persistent_workers=workers > 0,
         worker_init_fn=ignore_interrupts,
         generator=own,
+        pin_memory=on.type == "cuda",
     )

@@ -10,10 +10,12 @@ from torch import nn
 
 from metricface.data.images import ImageSet
 from metricface.distances import full_precision, unit_rows
+from metricface.distributed import gather_plain, rank, world_size
 from metricface.evaluation import retrieval, verification
 from metricface.evaluation.pairs import PairList, make_pairs
 from metricface.evaluation.verification import VerificationReport
 from metricface.models.embedder import evaluating
+from metricface.training import ranks
 
 BATCH = 256
 
@@ -44,8 +46,11 @@ class HeldOut:
         self.listed = listed
 
     def score(self, model: nn.Module, device: torch.device) -> Scored:
-        """Embed every image (in evaluation mode, unit length) and compute all figures."""
-        embeddings = embed(model, self.images, device)
+        """Embed every image (in evaluation mode, unit length) and compute all figures; ranks share the embedding."""
+        embeddings = embed(model, self.images, device, shared=True)
+        return ranks.from_first(self._scored(embeddings) if ranks.speaks() else None)  # type: ignore[return-value]
+
+    def _scored(self, embeddings: NDArray[np.float32]) -> Scored:
         scores, report = _verify(embeddings, self.pairs)
         figures = _named(report, "")
         ranked = retrieval.evaluate(embeddings, self.images.labels)
@@ -67,25 +72,39 @@ class HeldOut:
         return Scored(figures, scores, self.pairs.same, report)
 
 
-def embed(model: nn.Module, images: ImageSet, device: torch.device, *, unit: bool = True) -> NDArray[np.float32]:
+def embed(
+    model: nn.Module, images: ImageSet, device: torch.device, *, unit: bool = True, shared: bool = False
+) -> NDArray[np.float32]:
     """Embeddings (N, D) of a set, in its order, of unit length or raw; every module gets its mode back afterwards.
+
+    shared: each rank embeds its part, and all get the whole; every rank must call it then.
 
     Raises ValueError, with their number, where embeddings are not finite.
     """
     prepare = unit_rows if unit else full_precision
     with evaluating(model), torch.inference_mode():
-        parts = [prepare(model(batch.to(device))).cpu() for batch in _batches(images)]
+        parts = [prepare(model(batch.to(device))).cpu() for batch in _batches(images, shared)]
+        if not parts:  # of very few images, a rank has none; it still has a width
+            parts = [prepare(model(_inputs(images, [0]).to(device))).cpu()[:0]]
     embeddings = torch.cat(parts)
+    if shared:
+        embeddings = gather_plain(embeddings)
     broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
     if broken:
         raise ValueError(f"{broken} of {len(embeddings)} embeddings are not finite; the network has diverged.")
     return embeddings.numpy()
 
 
-def _batches(images: ImageSet) -> Iterator[torch.Tensor]:
-    for start in range(0, len(images), BATCH):
-        batch = images.__getitems__(list(range(start, min(start + BATCH, len(images)))))
-        yield images.preprocessing.to_input(batch.images)
+def _batches(images: ImageSet, shared: bool) -> Iterator[torch.Tensor]:
+    first, last = 0, len(images)
+    if shared:
+        first, last = last * rank() // world_size(), last * (rank() + 1) // world_size()
+    for start in range(first, last, BATCH):
+        yield _inputs(images, list(range(start, min(start + BATCH, last))))
+
+
+def _inputs(images: ImageSet, indices: list[int]) -> torch.Tensor:
+    return images.preprocessing.to_input(images.__getitems__(indices).images)
 
 
 def _verify(embeddings: NDArray[np.float32], pairs: PairList) -> tuple[NDArray[np.float32], VerificationReport]:

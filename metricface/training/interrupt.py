@@ -11,14 +11,15 @@ class StopRequest:
     """Inside `with StopRequest() as stopped`, `stopped()` says whether a stop was asked for.
 
     Once somebody has asked, the first SIGINT or SIGTERM only sets the flag, so that a step, an evaluation or a
-    checkpoint is finished. A second one, or one before there is anything to save, raises KeyboardInterrupt at once.
+    checkpoint is finished. A second one of its kind, or one before there is anything to save, raises KeyboardInterrupt
+    at once (of another kind: torchrun passes Ctrl-C on as a SIGTERM to processes that have had it already).
     Only the main thread may enter; processes forked inside ignore the signals and leave them to it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, say: Callable[[str], None] = print) -> None:
-        self._asked = False
+        self._asked: int | None = None
         self._answered = False
         self._process = os.getpid()
         self._say = say
@@ -27,7 +28,7 @@ class StopRequest:
     def __call__(self) -> bool:
         """Whether a stop was asked for."""
         self._answered = True
-        return self._asked
+        return self._asked is not None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
@@ -40,7 +41,9 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return
-        if self._asked or not self._answered:
+        if not self._answered or self._asked == number:
             raise KeyboardInterrupt
-        self._asked = True
+        if self._asked is not None:
+            return
+        self._asked = number
         self._say("\nStopping at the next safe place, with a checkpoint (press Ctrl-C again to stop at once).")

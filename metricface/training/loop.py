@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import metricface
 from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
+from metricface.distributed import world_size
 from metricface.models.embedder import Embedder
-from metricface.training import assemble, batches, checkpoint, contradictions, stages
+from metricface.training import assemble, batches, checkpoint, contradictions, ranks, stages
 from metricface.training import recipe as recipes
 from metricface.training.held_out import HeldOut
 from metricface.training.people import People, gather
@@ -79,6 +80,8 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], *, resume
         f"network    {recipe.model.name}, {parameters:,} parameters, on {device} ({torch.get_num_threads()} threads), "
         f"{assemble.precision(recipe.precision, device)}"
     )
+    if world_size() > 1:
+        say(_about_ranks(recipe))
     held_out = (
         HeldOut("validation", people.validation, seed=recipe.seed),
         HeldOut("test", people.test, people.listed, seed=recipe.seed),
@@ -86,9 +89,18 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], *, resume
     notes = _about(start, recipe, people)
     for line in notes:
         say(line)
-    folder.mkdir(parents=True, exist_ok=True)
     _write(yaml.safe_dump(recipes.as_dict(recipe), sort_keys=False, allow_unicode=True), folder / RECIPE)
     return Run(recipe, folder, people, device, model, held_out, say, notes=notes)
+
+
+def _about_ranks(recipe: Recipe) -> str:
+    number = world_size()
+    if recipe.mining == "joined":
+        return f"ranks      {number}; each mines among the images of all"
+    return (
+        f"ranks      {number}; each mines among its own images: an anchor meets 1/{number} of a batch's negatives, and "
+        "positives on its own rank only (mining: joined has them all)"
+    )
 
 
 def _about(start: Embedder | None, recipe: Recipe, people: People) -> list[str]:
@@ -109,7 +121,7 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
         under_way.objective.take_over(run.objective_before)
     if resumed is not None:
         under_way.load_state_dict(resumed["stage"])
-        restore_randomness(resumed)  # once more: making the stage's parts has drawn from it
+        restore_randomness(resumed, run.device)  # once more: making the stage's parts has drawn from it
         run.say(f"Going on with stage {stage.name!r} at step {under_way.clock.steps:,}.")
     else:
         if stage.fade is not None and run.objective_before is None:
@@ -123,7 +135,8 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
     steps_before = run.step - under_way.clock.steps
 
     def report(step: int, scalars: dict[str, float]) -> None:
-        run.board.scalars(steps_before + step, {f"{stage.name}/{name}": value for name, value in scalars.items()})
+        if run.board is not None:
+            run.board.scalars(steps_before + step, {f"{stage.name}/{name}": value for name, value in scalars.items()})
 
     def save() -> None:
         run.step = steps_before + under_way.clock.steps
@@ -151,10 +164,11 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
             class_vectors=run.class_vectors,
         )
     except (UnreadableImageError, OSError):  # an image has gone: what was trained since the last checkpoint is good
-        save()
+        if world_size() == 1:  # or the other ranks, which know nothing of it, would be waited for
+            save()
         raise
     save()  # before evaluation, which can be interrupted
-    if stopped():
+    if ranks.beat(0.0, stopped()).stop:
         run.interrupted = True
         return
     _note_speed(run, under_way)
@@ -183,8 +197,12 @@ def _note_speed(run: Run, under_way: stages.StageRun) -> None:
     if clock.steps == 0:
         run.note(f"Stage {under_way.stage.name!r} took no step: nothing of its budget was left.")
     batch = round(clock.images / clock.steps) if clock.steps else assemble.TRIAL_CLASSES
-    bare = bare_images_per_second(
-        run.model, batch, run.people.training.preprocessing.shape, run.device, under_way.precision
+    bare = world_size() * bare_images_per_second(
+        run.model,
+        max(1, batch // world_size()),
+        run.people.training.preprocessing.shape,
+        run.device,
+        under_way.precision,
     )
     run.stage_reports.append(
         {
@@ -238,6 +256,8 @@ def _finish(run: Run) -> None:
             "python": platform.python_version(),
         },
     }
+    if not ranks.speaks():
+        return
     _write(json.dumps(report, indent=2) + "\n", run.folder / REPORT)
     description = {
         "recipe": report["recipe"],
@@ -246,10 +266,14 @@ def _finish(run: Run) -> None:
         "figures": kept.test,
     }
     Embedder(run.model, run.people.training.preprocessing, description).save(run.folder / EXPORT)
-    run.board.close()
+    if run.board is not None:
+        run.board.close()
 
 
 def _write(text: str, path: Path) -> None:
+    if not ranks.speaks():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode())
 

@@ -88,15 +88,18 @@ class MinedObjective(nn.Module):
 
 
 class GivenPairs(nn.Module):
-    """In place of a miner: the pairs that a PairBatchSampler composed the batch of, the same places in every batch."""
+    """In place of a miner: the pairs that a PairBatchSampler composed the batch of, the same places in every batch.
 
-    def __init__(self, indices_tuple: Sequence[Tensor]) -> None:
+    indices_tuple: of one rank's batch of `images` images; the batches of `joined` ranks stand one after the other.
+    """
+
+    def __init__(self, indices_tuple: Sequence[Tensor], images: int = 0, joined: int = 1) -> None:
         super().__init__()
-        self._pairs = tuple(indices_tuple)
+        self.pairs = tuple(torch.cat([index + images * part for part in range(joined)]) for index in indices_tuple)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """(a1, p, a2, n), on the device of `embeddings`."""
-        return tuple(index.to(embeddings.device) for index in self._pairs)
+        return tuple(index.to(embeddings.device) for index in self.pairs)
 
 
 def mines_for_itself(loss: nn.Module) -> bool:

@@ -278,6 +278,8 @@ class Recipe:
         precision: Of the network's forward pass; `auto` is bfloat16 where the device computes in it natively (Ampere
             and later GPUs; CPUs with avx512_bf16 or AMX), else float32. With float16 the loss is scaled, and steps
             whose gradient overflows are left out and counted. Losses, mining, evaluation stay in float32.
+        mining: Of several ranks (torchrun): `joined`: the objective sees the rows of all of them, as one process with
+            the joined batch would; `per_rank`: each its own, so that an anchor meets fewer negatives.
         recompute: Compute activations once more in the backward pass and save the memory for them: for large batches
             and networks, a third slower.
         compile: Train the network through torch.compile: some minutes at the start, then faster steps.
@@ -296,6 +298,7 @@ class Recipe:
     select_by: Literal["map_at_r", "recall_at_1", "auc", "tar_at_far_1e-2"] = "map_at_r"
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    mining: Literal["joined", "per_rank"] = "joined"
     recompute: bool = False
     compile: bool = False
     threads: int | None = None

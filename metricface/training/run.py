@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metricface.distributed import rank, world_size
 from metricface.monitoring.board import Board
-from metricface.training import checkpoint
+from metricface.training import checkpoint, ranks
 from metricface.training.held_out import Figures, HeldOut
 from metricface.training.look_alikes import ClassWeights
 from metricface.training.people import People
 from metricface.training.recipe import Recipe
 from metricface.training.stages import StageRun
+from metricface.training.update import drawing_state, set_drawing_state
 
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
@@ -54,9 +56,12 @@ class Run:
     _board: Board | None = None
 
     @property
-    def board(self) -> Board:
-        """Where curves go; opened when the first is written, or by `restore`, which knows from which step on."""
-        if self._board is None:
+    def board(self) -> Board | None:
+        """Where curves go; opened when the first is written, or by `restore`, which knows from which step on.
+
+        None on all ranks but the first.
+        """
+        if self._board is None and ranks.speaks():
             self._board = Board(self.folder)
         return self._board
 
@@ -79,13 +84,14 @@ class Run:
             "history": [vars(moment) for moment in self.history],
             "notes": self.notes,
             "stage_reports": self.stage_reports,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "rng": ranks.of_all(drawing_state(self.device)),
         }
 
     def save(self, under_way: StageRun | None = None) -> None:
-        """Write a checkpoint, atomically, and keep the newest few."""
-        checkpoint.save(self.state_dict(under_way), self.folder, kept=self.recipe.checkpoints_kept)
+        """Write a checkpoint, atomically, and keep the newest few. All ranks must call it."""
+        state = self.state_dict(under_way)
+        if ranks.speaks():
+            checkpoint.save(state, self.folder, kept=self.recipe.checkpoints_kept)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint, but for the stage under way.
@@ -105,12 +111,11 @@ class Run:
         self.objective_before = state["objective_before"]
         self.history = [Moment(**moment) for moment in state["history"]]
         self.notes, self.stage_reports = state["notes"], state["stage_reports"]
-        restore_randomness(state)
-        self._board = Board(self.folder, after=self.step)
+        restore_randomness(state, self.device)
+        self._board = Board(self.folder, after=self.step) if ranks.speaks() else None
 
 
-def restore_randomness(state: dict[str, Any]) -> None:
-    """Let torch's global generators go on from where they stood in a checkpoint."""
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+def restore_randomness(state: dict[str, Any], device: torch.device) -> None:
+    """Let torch's global generators go on from where they stood in a checkpoint of as many ranks."""
+    if len(state["rng"]) == world_size():
+        set_drawing_state(device, tuple(drawn.cpu() for drawn in state["rng"][rank()]))

@@ -110,6 +110,12 @@ class Clock:
         """Let time pass from now on."""
         self._since = time.perf_counter()
 
+    def set(self, seconds: float) -> None:
+        """Let so many training seconds have passed, by the clock that counts for all."""
+        self.seconds = seconds
+        if self._since is not None:
+            self._since = time.perf_counter()
+
     def pause(self) -> None:
         """Stop counting time."""
         self.seconds, self._since = self.elapsed, None

@@ -25,7 +25,8 @@ def evaluate(run: Run, when: str) -> Moment:
     moment = Moment(when, scored[0].figures, scored[1].figures)
     run.history.append(moment)
     for people, found in zip(run.held_out, scored, strict=True):
-        run.board.held_out(run.step, people.name, found.figures, found.scores, found.same, found.curve)
+        if run.board is not None:
+            run.board.held_out(run.step, people.name, found.figures, found.scores, found.same, found.curve)
     run.say(f"{when}: " + ", ".join(f"{p.name} {_brief(s.figures)}" for p, s in zip(run.held_out, scored, strict=True)))
     return moment
 
@@ -45,7 +46,8 @@ def look(run: Run, under_way: StageRun) -> Answer:
     except ValueError as error:
         raise _diverged(under_way, when, error) from error
     now = _number(figures[key])
-    run.board.scalars(run.step, {f"{under_way.stage.name}/validation/{key}": now})
+    if run.board is not None:
+        run.board.scalars(run.step, {f"{under_way.stage.name}/validation/{key}": now})
     run.say(f"{when}: validation {_brief(figures)}")
     if now > max(before, under_way.best_figure):
         under_way.best = {"when": when, "figure": now, "weights": copy.deepcopy(run.model.state_dict())}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from tqdm import tqdm
 from metricface.data.augment import augment
 from metricface.data.images import ImageBatch
 from metricface.diagnostics import embedding_statistics
+from metricface.distributed import gather, gather_plain, rank, world_size
 from metricface.heads.base import Head
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
-from metricface.training import assemble, batches
+from metricface.training import assemble, batches, ranks
 from metricface.training.alarms import Alarms
 from metricface.training.averaging import WeightAverage
 from metricface.training.held_out import embed
@@ -28,7 +29,8 @@ from metricface.training.objective import SumObjective
 from metricface.training.people import People
 from metricface.training.recipe import Recipe, Stage, budget_seconds
 from metricface.training.schedules import Clock, learning_rate
-from metricface.training.update import apply_gradient
+from metricface.training.throughput import Waiting
+from metricface.training.update import apply_gradient, drawing_from
 from metricface.training.update import embed as embed_batch
 
 Report = Callable[[int, dict[str, float]], None]
@@ -51,6 +53,7 @@ class StageRun:
     sampler: batches.Sampler
     clock: Clock
     augmenting: torch.Generator
+    drawing: list[Tensor]  # where the objective's draws stand, on every rank alike
     precision: torch.dtype
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
@@ -70,7 +73,8 @@ class StageRun:
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "clock": self.clock.state_dict(),
-            "augmenting": self.augmenting.get_state(),
+            "augmenting": ranks.of_all(self.augmenting.get_state()),
+            "drawing": self.drawing,
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "objective_at_start": self.objective_at_start,
@@ -83,7 +87,9 @@ class StageRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         self.clock.load_state_dict(state["clock"])
-        self.augmenting.set_state(state["augmenting"].cpu())
+        if len(state["augmenting"]) == world_size():  # another number of ranks changes its images in its own way
+            self.augmenting.set_state(state["augmenting"][rank()].cpu())
+        self.drawing = [drawn.cpu() for drawn in state["drawing"]]
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -115,7 +121,7 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
     """Make a stage's own sampler, objective and optimiser; the trunk goes on from the stage before."""
     stage = recipe.stages[index]
     seed = recipe.seed + 1000 * index
-    sampler = batches.sampler(stage, people.training, seed)
+    sampler = batches.sampler(stage, people.training, seed, rank=rank(), world_size=world_size())
     before = assemble.faded(recipe, index)
     objective = assemble.objective(stage, recipe, len(people.training.identities), sampler, before).to(device)
     assemble.set_learning(stage, model)
@@ -126,13 +132,19 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
         optimizer=assemble.optimizer(stage, model, objective),
         sampler=sampler,
         clock=_clock(stage, recipe, len(sampler)),
-        augmenting=torch.Generator(device).manual_seed(seed),
+        augmenting=torch.Generator(device).manual_seed(seed + 7919 * rank()),
+        drawing=_drawing(seed, device),
         precision=precision,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         average=None if stage.average is None else WeightAverage(model, stage.average),
         look_alikes=batches.look_alikes(stage, sampler, people.training, recipe.data.workers, device),
         alarms=Alarms(stage.name, objective),
     )
+
+
+def _drawing(seed: int, device: torch.device) -> list[Tensor]:
+    generators = [torch.Generator(), *([torch.Generator(device)] if device.type == "cuda" else [])]
+    return [generator.manual_seed(seed).get_state() for generator in generators]
 
 
 def start_from_class_means(run: StageRun, people: People, model: nn.Module, device: torch.device) -> None:
@@ -191,24 +203,36 @@ def train(
     Raises TrainingDivergedError when the loss is not finite, before anything of it can reach a checkpoint.
     """
     clock = run.clock
-    loader = batches.loader(people.training, run.sampler, 0 if people.in_memory else recipe.data.workers)
+    loader = batches.loader(people.training, run.sampler, 0 if people.in_memory else recipe.data.workers, device)
     network = assemble.compiled(model, people.training.preprocessing.shape, device) if recipe.compile else model
-    saved_at, bar = clock.elapsed, _bar(run)
-    endless = _endless(loader)
-    tables = run.look_alikes
+    network = ranks.data_parallel(network, device)
+    endless, bar = _endless(loader), _bar(run)
+    tables, saved_at = run.look_alikes, math.nan
+    waiting = Waiting()
     clock.start()
     with tables or contextlib.nullcontext():
-        while clock.progress < 1.0 and not run.ended and not stopped():
-            if look is not None and _is_watched(run):
+        while (now := _now(run, stopped)) is not None:
+            if look is not None and _is_watched(run, now.progress):
                 run.looks += 1
                 clock.pause()
                 run.ended = look()
                 clock.start()
                 if run.ended:
                     break
-            batch = _next(endless, run)  # not before the test above: a batch that was pulled counts as trained on
-            rate = _set_learning_rate(run)
-            numbers = run.objective.follow(clock.progress)
+            if math.isnan(saved_at):
+                saved_at = now.seconds
+            elif now.seconds - saved_at >= recipe.checkpoint_every:
+                if tables is not None:
+                    tables.wait()
+                clock.pause()
+                _check_weights(run, model)
+                save()
+                saved_at = now.seconds
+                clock.start()
+            with waiting:
+                batch = _next(endless, run)  # not before the test above: a batch that was pulled counts as trained on
+            rate = _set_learning_rate(run, now.progress)
+            numbers = run.objective.follow(now.progress)
             loss, embeddings, labels = _step(run, recipe, network, batch, device)
             if run.average is not None:
                 run.average.update(model)
@@ -218,22 +242,20 @@ def train(
             if tables is not None:
                 tables.after(clock.steps, model, lambda: class_weights(run) or class_vectors, clock.total_steps)
             if clock.steps % recipe.log_every == 0 or clock.steps == 1:
+                ranks.take_from_first(run.objective)
                 value = _finite(loss, run)
                 scalars = _scalars(run, embeddings, labels)
                 scalars |= {f"schedule/{key}": number for key, number in numbers.items()}
-                shown = {"loss": value, "learning_rate": rate, **scalars}
+                shown = {
+                    "loss": value,
+                    "learning_rate": rate,
+                    "loader_wait_share": waiting.share(clock.elapsed),
+                    **scalars,
+                }
                 report(clock.steps, shown)
                 for warning in run.alarms.see(shown):
                     warn(warning)
                 bar.set_postfix_str(f"loss {value:.3f}, {clock.images_per_second:,.0f} images/s", refresh=False)
-            if clock.elapsed - saved_at >= recipe.checkpoint_every:
-                if tables is not None:
-                    tables.wait()
-                clock.pause()
-                _check_weights(run, model)
-                save()
-                saved_at = clock.elapsed
-                clock.start()
         if tables is not None:
             tables.wait()  # the checkpoint that follows holds it
     clock.pause()
@@ -241,9 +263,26 @@ def train(
     _check_weights(run, model)
 
 
-def _is_watched(run: StageRun) -> bool:
+class _Now(NamedTuple):
+    """How far a stage has come, the same on every rank."""
+
+    seconds: float
+    progress: float
+
+
+def _now(run: StageRun, stopped: Callable[[], bool]) -> _Now | None:
+    """Where the stage is; None where no further step is to be taken."""
+    clock = run.clock
+    seconds, stop = ranks.beat(clock.elapsed, stopped())
+    if world_size() > 1:
+        clock.set(seconds)
+    progress = clock.progress if clock.total_seconds is None else seconds / clock.total_seconds
+    return None if stop or run.ended or progress >= 1.0 else _Now(seconds, progress)
+
+
+def _is_watched(run: StageRun, progress: float) -> bool:
     """Whether held-out people are to be scored now; a step may pass several of the shares asked for."""
-    return bisect.bisect_right(run.stage.watch.at, run.clock.progress) > run.looks
+    return bisect.bisect_right(run.stage.watch.at, progress) > run.looks
 
 
 def _next(endless: Iterator[ImageBatch], run: StageRun) -> ImageBatch:
@@ -271,13 +310,17 @@ def _step(
     autocast = partial(assemble.autocast, run.precision, device)
     embedded = embed_batch(network, images, autocast, chunk=run.stage.chunk)
     embeddings = embedded.embeddings
+    if recipe.mining == "joined":
+        embeddings, labels = gather(embeddings, averaged=True), gather_plain(labels)
     if not bool(torch.isfinite(embeddings).all()):
         raise _diverged(run, "embeddings are not finite")
     try:
-        loss = run.objective(embeddings, labels)
+        with drawing_from(run.drawing, device):
+            loss = run.objective(embeddings, labels)
     except ValueError as error:  # rows too long to be squared, for instance: finite, and beyond use
         raise _diverged(run, f"objective refuses its embeddings ({error})") from error
-    if not apply_gradient(loss, embedded, run.optimizer, run.scaler, clip_norm=run.stage.clip_norm):
+    alike = None if recipe.mining == "joined" else run.objective
+    if not apply_gradient(loss, embedded, run.optimizer, run.scaler, clip_norm=run.stage.clip_norm, average=alike):
         run.overflows += 1
     return loss.detach(), embeddings, labels
 
@@ -294,11 +337,11 @@ def _scalars(run: StageRun, embeddings: Tensor, labels: Tensor) -> dict[str, flo
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _set_learning_rate(run: StageRun) -> float:
+def _set_learning_rate(run: StageRun, progress: float) -> float:
     stage = run.stage
     for group in run.optimizer.param_groups:
         peak = run.rate_factor * group["peak"]
-        group["lr"] = learning_rate(run.clock.progress, peak=peak, warmup=stage.warmup, decay=stage.schedule)
+        group["lr"] = learning_rate(progress, peak=peak, warmup=stage.warmup, decay=stage.schedule)
     rate: float = run.optimizer.param_groups[0]["lr"]
     return rate
 
@@ -353,12 +396,13 @@ def _endless(loader: torch.utils.data.DataLoader[ImageBatch]) -> Iterator[ImageB
 
 def _bar(run: StageRun) -> "tqdm[Never]":
     clock = run.clock
+    shared: dict[str, Any] = {"desc": run.stage.name, "mininterval": 0.5, "disable": not ranks.speaks()}
     if clock.total_steps is not None:
-        return tqdm(desc=run.stage.name, total=clock.total_steps, initial=clock.steps, unit="step", mininterval=0.5)
+        return tqdm(total=clock.total_steps, initial=clock.steps, unit="step", **shared)
     assert clock.total_seconds is not None
     begun = min(clock.elapsed, clock.total_seconds)  # looking for look-alikes may have taken all of it
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}s [{remaining} left{postfix}]"
-    return tqdm(desc=run.stage.name, total=clock.total_seconds, initial=begun, bar_format=form, mininterval=0.5)
+    return tqdm(total=clock.total_seconds, initial=begun, bar_format=form, **shared)
 
 
 def _advance(bar: "tqdm[Never]", clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""How close training comes to the network itself: images/s of a bare forward and backward pass on the same batch."""
+"""Where the time of a step goes: what training makes of the network's own speed, and how long it waits for images."""
 
 import copy
 import time
@@ -9,6 +9,26 @@ from torch import nn
 from metricface.training.assemble import autocast
 
 PASSES = 7
+
+
+class Waiting:
+    """The share of training time that was spent waiting for the next batch: `with waiting: batch = next(loader)`."""
+
+    def __init__(self) -> None:
+        self._waited = self._since = self._counted_from = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._since
+
+    def share(self, elapsed: float) -> float:
+        """Since it was asked for last. elapsed: training seconds so far, by the stage's clock."""
+        passed = elapsed - self._counted_from
+        found = self._waited / passed if passed > 0 else 0.0
+        self._waited, self._counted_from = 0.0, elapsed
+        return found
 
 
 def bare_images_per_second(

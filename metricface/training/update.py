@@ -6,7 +6,8 @@ graph, into which that gradient is fed. So the objective sees the whole batch, a
 chunk. Source: Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (GradCache).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from metricface.distances import full_precision
 from metricface.models.layers import statistics_kept
+from metricface.training.ranks import average_gradients
 
 Autocast = Callable[[], torch.autocast]
 
@@ -41,7 +43,7 @@ def embed(network: nn.Module, images: Tensor, autocast: Autocast, *, chunk: int 
     states, found = [], []
     with torch.no_grad(), statistics_kept(network):
         for part in parts:
-            states.append(_drawing_state(images.device))
+            states.append(drawing_state(images.device))
             with autocast():
                 found.append(full_precision(network(part)))
     embeddings = torch.cat(found).requires_grad_()
@@ -49,15 +51,18 @@ def embed(network: nn.Module, images: Tensor, autocast: Autocast, *, chunk: int 
     def finish() -> None:
         if embeddings.grad is None:
             return
-        after = _drawing_state(images.device)
-        for part, state, gradient in zip(parts, states, torch.split(embeddings.grad, chunk), strict=True):
-            _set_drawing_state(images.device, state)
-            with autocast():
-                again = network(part)
-            if not again.requires_grad:  # the network is frozen
-                break
-            again.backward(gradient.to(again.dtype))
-        _set_drawing_state(images.device, after)
+        gradients = torch.split(embeddings.grad, chunk)
+        after = drawing_state(images.device)
+        for number, (part, state) in enumerate(zip(parts, states, strict=True), start=1):
+            set_drawing_state(images.device, state)
+            # Ranks exchange the sum of all chunks, once.
+            alone = isinstance(network, nn.parallel.DistributedDataParallel) and number < len(parts)
+            with network.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                with autocast():
+                    again = network(part)
+                if again.requires_grad:  # or the network is frozen
+                    again.backward(gradients[number - 1].to(again.dtype))
+        set_drawing_state(images.device, after)
 
     return Embedded(embeddings, finish)
 
@@ -69,9 +74,11 @@ def apply_gradient(
     scaler: torch.amp.GradScaler,
     *,
     clip_norm: float | None = None,
+    average: nn.Module | None = None,
 ) -> bool:
     """Backward pass and a step of the optimiser. Returns whether it was taken.
 
+    average: whose gradient differs by rank and is averaged over ranks.
     scaler: multiplies the loss so that gradients in float16 do not vanish, and leaves a step out where they have
     overflowed; one that is not enabled does nothing. clip_norm: largest norm of all parameters' gradient together.
     """
@@ -80,6 +87,8 @@ def apply_gradient(
         return True
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     embedded.finish()
+    if average is not None:
+        average_gradients(average)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not scaler.is_enabled():
         if clip_norm is not None:
@@ -95,13 +104,26 @@ def apply_gradient(
     return taken
 
 
-def _drawing_state(device: torch.device) -> tuple[Tensor, ...]:
-    """Where the global generators that a network draws from stand."""
+@contextmanager
+def drawing_from(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Inside, torch's global generators go on from `states`, which follows them; outside, from their own."""
+    own = drawing_state(device)
+    set_drawing_state(device, tuple(states))
+    try:
+        yield
+    finally:
+        states[:] = drawing_state(device)
+        set_drawing_state(device, own)
+
+
+def drawing_state(device: torch.device) -> tuple[Tensor, ...]:
+    """Where torch's global generators stand: the CPU's, and that of a GPU."""
     states = (torch.get_rng_state(),)
     return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
 
 
-def _set_drawing_state(device: torch.device, states: tuple[Tensor, ...]) -> None:
+def set_drawing_state(device: torch.device, states: tuple[Tensor, ...]) -> None:
+    """Let torch's global generators go on from there."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

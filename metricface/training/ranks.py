@@ -1,0 +1,104 @@
+"""Many processes as one run: how they come together, what they agree on, and which of them speaks.
+
+torchrun starts them. All take the same steps on their parts of the same batches; the first rank's clock is everybody's,
+and it alone prints and writes. Everything here does nothing in a process that is alone.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from metricface.distributed import rank, world_size
+
+T = TypeVar("T")
+
+
+class Beat(NamedTuple):
+    """What all ranks know before a step."""
+
+    seconds: float  # of training so far, by the first rank's clock
+    stop: bool  # whether any rank was asked to stop
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, the processes that torchrun has started are the ranks of one group (gloo, and nccl on GPUs)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def speaks() -> bool:
+    """Whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+def beat(seconds: float, stop: bool) -> Beat:
+    """One exchange before each step. seconds: of training by this rank's clock; stop: whether it was asked to."""
+    if world_size() == 1:
+        return Beat(seconds, stop)
+    both = torch.tensor([seconds if speaks() else 0.0, float(stop)], dtype=torch.float64)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return Beat(float(both[0]), bool(both[1]))
+
+
+def from_first(value: T) -> T:
+    """The first rank's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def of_all(value: T) -> list[T]:
+    """Every rank's value, in rank order."""
+    if world_size() == 1:
+        return [value]
+    found: list[T] = [value] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network, whose gradient is averaged over ranks in the backward pass; itself where nothing of it learns."""
+    if world_size() == 1 or not any(p.requires_grad for p in network.parameters()):
+        return network
+    return nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> None:
+    """Average the gradients of a module that every rank has, over ranks; one without a gradient counts as 0."""
+    if world_size() == 1:
+        return
+    for parameter in module.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad.div_(world_size())
+
+
+@torch.no_grad()
+def take_from_first(module: nn.Module) -> None:
+    """Give every rank the first one's parameters and buffers: rounding may have parted what should be alike."""
+    if world_size() > 1:
+        for value in module.state_dict().values():
+            dist.broadcast(value, src=0)
