@@ -128,10 +128,14 @@ class Clock:
     @property
     def progress(self) -> float:
         """Share of the stage that has passed; 1 or more when it is over."""
+        return self.progress_at(self.elapsed)
+
+    def progress_at(self, seconds: float) -> float:
+        """The same, had so many training seconds passed, by the clock that counts for all."""
         if self.total_steps is not None:
             return self.steps / self.total_steps
         assert self.total_seconds is not None
-        return self.elapsed / self.total_seconds
+        return seconds / self.total_seconds
 
     @property
     def images_per_second(self) -> float:

@@ -276,7 +276,7 @@ def _now(run: StageRun, stopped: Callable[[], bool]) -> _Now | None:
     seconds, stop = ranks.beat(clock.elapsed, stopped())
     if world_size() > 1:
         clock.set(seconds)
-    progress = clock.progress if clock.total_seconds is None else seconds / clock.total_seconds
+    progress = clock.progress_at(seconds)
     return None if stop or run.ended or progress >= 1.0 else _Now(seconds, progress)
 
 

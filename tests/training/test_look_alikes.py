@@ -187,7 +187,7 @@ def test_a_table_that_failed_before_it_was_needed_is_a_note_in_the_report(
     monkeypatch.setattr(look_alikes, "embed", failing)
     monkeypatch.setattr(stages, "_clock", lambda *_: Clock(total_seconds=10.0))
     # In seconds, the last step is not known beforehand; here it comes after 30 steps, when 25's table is under way.
-    monkeypatch.setattr(Clock, "progress", property(lambda clock: clock.steps / 30))
+    monkeypatch.setattr(Clock, "progress_at", lambda clock, _: clock.steps / 30)
     run = train(alike, tmp_path / "run", say=quiet)
     assert run.stage_reports[1]["steps"] == 30
     assert "1 tables of look-alikes could not be computed, the last because: division by zero" in run.notes[-1]

@@ -435,7 +435,9 @@ def test_after_a_regression_a_stage_stops_and_the_best_weights_are_kept(
     recipe.stages[1].watch = Watch(at=[])
     monkeypatch.undo()
     scripted_figures(monkeypatch, [0.1, 0.6])
-    first = train(recipe, tmp_path / "one", stopped=after(8), say=quiet)  # 6 steps, once more, and 1: where it was best
+    first = train(
+        recipe, tmp_path / "one", stopped=after(9), say=quiet
+    )  # 6 steps, twice more, and 1: where it was best
     assert_same(weights(run), weights(first))
 
 
