@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/metricface-train
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

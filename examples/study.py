@@ -2,6 +2,7 @@
 
     python examples/study.py examples/recipes/lfw.yaml --budget 180s --seeds 0 1 -- --data.train FOLDER
     python examples/study.py examples/recipes/lfw.yaml --share_first_stage --variants recipe look_alikes_50 -- ...
+    python examples/study.py examples/recipes/lfw.yaml --steps 600 3000 --variants small_batches -- ...
 
 Variants share the recipe's data, network, first stage and budget, and differ in what happens to them. Runs go one after
 another to OUTPUT/VARIANT-SEED; those whose report exists are not run again, so an interrupted study can be continued.
