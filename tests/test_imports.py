@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # What each part may import of our own; a longer name wins over a shorter one. `samplers` is a floor of its own.
 FLOOR_0 = {
     "metricface.choices",
+    "metricface.modes",
     "metricface.distances",
     "metricface.distributed",
     "metricface.identities",
@@ -22,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metricface": {"metricface.models.embedder"},
     "metricface.atomic": set(),
     "metricface.choices": set(),
+    "metricface.modes": set(),
     "metricface.distances": {"metricface.choices"},
     "metricface.distributed": set(),
     "metricface.tuples": {"metricface.distances"},
@@ -34,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metricface.products": {"metricface.distances"},
     "metricface.heads": FLOOR_0 | {"metricface.heads"},
     "metricface.models": {"metricface.models"},
-    "metricface.models.embedder": {"metricface.atomic", "metricface.models", "metricface.distances"} | DATA,
+    "metricface.models.embedder": {"metricface.atomic", "metricface.models", "metricface.distances", "metricface.modes"}
+    | DATA,
     "metricface.data": DATA,
     "metricface.data.pair_lists": DATA | {"metricface.evaluation.pairs"},
     "metricface.label_noise": {"metricface.atomic", "metricface.label_noise", "metricface.miners.dataset", "samplers"}

@@ -1,5 +1,6 @@
 """A filter proposed from confident findings, for a person to edit."""
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,13 @@ class Proposed(NamedTuple):
     score: float  # probability, or 1 - expected false share
 
 
+class _OnePerson(NamedTuple):
+    """Which identities are to become one."""
+
+    head: IntArray  # (C,) the largest of those that are one person with each
+    share: Floats  # (C,) expected to be false
+
+
 def propose(findings: Findings, *, confident: float = CONFIDENT) -> list[Proposed]:
     """Decide on the confident findings, at most once an image: by the first of these that applies.
 
@@ -37,7 +45,9 @@ def propose(findings: Findings, *, confident: float = CONFIDENT) -> list[Propose
     """
     check_confident(confident)
     found: dict[int, Proposed] = {}
-    for propose_some in (_overlap, _duplicates, _misplaced, _parted, _same_person):
+    people = _one_person(findings, confident)
+    kinds = (_overlap, _duplicates, partial(_misplaced, people=people), _parted, partial(_same_person, people=people))
+    for propose_some in kinds:
         for image, proposed in propose_some(findings, confident, frozenset(found)):
             found.setdefault(image, proposed)
     return [found[image] for image in sorted(found)]
@@ -78,10 +88,10 @@ def _duplicates(findings: Findings, confident: float, taken: frozenset[int]) -> 
     return dropped
 
 
-def _misplaced(findings: Findings, confident: float, taken: frozenset[int]) -> _Found:
+def _misplaced(findings: Findings, confident: float, taken: frozenset[int], *, people: _OnePerson) -> _Found:
     found, images = findings.misplaced, findings.images
     least = float(np.log(len(images.identities)))
-    head, _ = _heads(findings, confident)
+    head = people.head
     decided: _Found = []
     for i in range(int((found.probability[: found.found] >= confident).sum())):
         image = int(found.images[i])
@@ -110,9 +120,8 @@ def _parted(findings: Findings, confident: float, taken: frozenset[int]) -> _Fou
     return decided
 
 
-def _same_person(findings: Findings, confident: float, taken: frozenset[int]) -> _Found:
-    images = findings.images
-    head, share = _heads(findings, confident)
+def _same_person(findings: Findings, confident: float, taken: frozenset[int], *, people: _OnePerson) -> _Found:
+    images, (head, share) = findings.images, people
     decided: _Found = []
     for row in np.flatnonzero(head != np.arange(len(head))).tolist():
         for image in np.flatnonzero(images.labels == row).tolist():
@@ -121,8 +130,8 @@ def _same_person(findings: Findings, confident: float, taken: frozenset[int]) ->
     return decided
 
 
-def _heads(findings: Findings, confident: float) -> tuple[IntArray, Floats]:
-    """For each identity the largest of those that are one person with it, (C,) rows; and the false share, (C,)."""
+def _one_person(findings: Findings, confident: float) -> _OnePerson:
+    """Merge the confident pairs of identities, chain by chain."""
     pairs, sizes = findings.same_person, findings.images.counts()
     head = np.arange(len(sizes))
     share = np.ones(len(sizes))
@@ -134,7 +143,7 @@ def _heads(findings: Findings, confident: float) -> tuple[IntArray, Floats]:
         head[group] = largest
         for merged in (one, two):
             share[merged] = min(share[merged], pairs.false_share[i])
-    return head, share
+    return _OnePerson(head, share)
 
 
 def check_confident(confident: float) -> None:

@@ -4,9 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from os import PathLike
@@ -24,6 +23,7 @@ from metricface.atomic import replacing
 from metricface.data.folders import decode_file
 from metricface.data.images import Pixels, Preprocessing
 from metricface.models import Blueprint, bare, blueprint_of
+from metricface.modes import evaluating
 
 CARD = "embedder.json"
 FORMAT = "metricface embedder"
@@ -167,18 +167,6 @@ def load(folder: str | PathLike[str], *, device: str | torch.device = "cpu") -> 
     network.load_state_dict(state)
     network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Embedder(network.eval(), preprocessing, description)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every part of `model` in eval mode, and each back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:  # one by one: a part that was frozen in eval mode stays so
-            module.training = training
 
 
 def _listed(images: Images) -> Sequence[ImageLike]:

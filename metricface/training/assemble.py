@@ -14,8 +14,9 @@ from metricface.choices import is_number
 from metricface.data.images import ImageSet
 from metricface.distributed import rank, world_size
 from metricface.losses import mined
-from metricface.models.embedder import Embedder, evaluating, load
+from metricface.models.embedder import Embedder, load
 from metricface.models.layers import freeze_statistics, layers, recompute_activations
+from metricface.modes import evaluating
 from metricface.training.batches import GIVEN, SAMPLERS, Sampler, look_alikes, sampler
 from metricface.training.components import build, by_name, find
 from metricface.training.objective import (

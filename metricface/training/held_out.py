@@ -14,7 +14,7 @@ from metricface.distributed import gather_plain, rank, world_size
 from metricface.evaluation import retrieval, verification
 from metricface.evaluation.pairs import PairList, make_pairs
 from metricface.evaluation.verification import VerificationReport
-from metricface.models.embedder import evaluating
+from metricface.modes import evaluating
 from metricface.training import ranks
 
 BATCH = 256

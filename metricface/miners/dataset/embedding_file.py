@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from metricface.atomic import replacing
 from metricface.choices import is_count
+from metricface.modes import evaluating
 
 SECONDS_BETWEEN_RECORDS = 10.0  # at most so much work is done twice after a kill
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64")]
@@ -99,7 +99,7 @@ def embed_to_file(
             collate_fn=collate_fn,
             generator=torch.Generator().manual_seed(0),  # or the loader would draw from the global one
         )
-        with _evaluating(model):
+        with evaluating(model):
             batches = (_as_array(model((prepare or _input)(batch).to(device)), kind) for batch in loader)
             _write(path, _record(path), progress or wanted, batches, batch_size)
     return np.lib.format.open_memmap(path, mode="r")
@@ -260,18 +260,6 @@ def _input(batch: Any) -> Tensor:
             "prepare=, which makes the model's input of a batch."
         )
     return first
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards each in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _record(path: Path) -> Path:
