@@ -16,7 +16,7 @@ from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
 from metricface.distributed import world_size
 from metricface.models.embedder import Embedder
-from metricface.training import assemble, batches, checkpoint, contradictions, ranks, stages
+from metricface.training import assemble, batches, checkpoint, contradictions, ranks, stage_run, stages
 from metricface.training import recipe as recipes
 from metricface.training.held_out import HeldOut
 from metricface.training.people import People, gather
@@ -115,7 +115,7 @@ def _about(start: Embedder | None, recipe: Recipe, people: People) -> list[str]:
 
 def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]) -> None:
     """Train one stage and keep the better of its start and its end."""
-    under_way = stages.begin(run.index, run.recipe, run.people, run.model, run.device)
+    under_way = stage_run.begin(run.index, run.recipe, run.people, run.model, run.device)
     stage = under_way.stage
     if stage.fade is not None:
         under_way.objective.take_over(run.objective_before)
@@ -192,7 +192,7 @@ def _give_up(run: Run) -> None:
     _finish(run)
 
 
-def _note_speed(run: Run, under_way: stages.StageRun) -> None:
+def _note_speed(run: Run, under_way: stage_run.StageRun) -> None:
     clock = under_way.clock
     if clock.steps == 0:
         run.note(f"Stage {under_way.stage.name!r} took no step: nothing of its budget was left.")
@@ -221,7 +221,7 @@ def _note_speed(run: Run, under_way: stages.StageRun) -> None:
     )
 
 
-def _note_failed_tables(run: Run, under_way: stages.StageRun) -> None:
+def _note_failed_tables(run: Run, under_way: stage_run.StageRun) -> None:
     failures = [] if under_way.look_alikes is None else under_way.look_alikes.failures
     if failures:
         run.note(

@@ -15,7 +15,7 @@ from metricface.training.held_out import Figures, HeldOut
 from metricface.training.look_alikes import ClassWeights
 from metricface.training.people import People
 from metricface.training.recipe import Recipe
-from metricface.training.stages import StageRun
+from metricface.training.stage_run import StageRun
 from metricface.training.update import drawing_state, set_drawing_state
 
 RECIPE = "recipe.yaml"

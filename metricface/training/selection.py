@@ -1,12 +1,15 @@
 """What held-out people say of a stage on its way and at its end, and which of its weights go on."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 from metricface.data.images import UnreadableImageError
 from metricface.training.held_out import Figures, Scored
 from metricface.training.run import Moment, Run
-from metricface.training.stages import StageRun, TrainingDivergedError
+from metricface.training.stage_run import StageRun
+from metricface.training.stages import TrainingDivergedError
 
 Answer = Literal["go on", "go back", "stop"]
 
@@ -39,12 +42,8 @@ def look(run: Run, under_way: StageRun) -> Answer:
     watch, key = under_way.stage.watch, run.recipe.select_by
     when = f"{under_way.stage.name} at {under_way.clock.progress:.0%}"
     before = _number(_start(run).validation[key])
-    try:
+    with _divergence(under_way, when):
         figures = run.held_out[0].score(run.model, run.device).figures
-    except UnreadableImageError:
-        raise
-    except ValueError as error:
-        raise _diverged(under_way, when, error) from error
     now = _number(figures[key])
     if run.board is not None:
         run.board.scalars(run.step, {f"{under_way.stage.name}/validation/{key}": now})
@@ -74,10 +73,11 @@ def keep_best(run: Run, under_way: StageRun) -> bool:
     """
     name, average, key = under_way.stage.name, under_way.average, run.recipe.select_by
     start = _start(run)
-    ends = [_end(run, under_way, f"after {name}")]
-    if average is not None:
-        with average.in_place_of(run.model):
-            ends.append(_end(run, under_way, f"after {name}, averaged"))
+    with _divergence(under_way, f"after {name}"):
+        ends = [evaluate(run, f"after {name}")]
+        if average is not None:
+            with average.in_place_of(run.model):
+                ends.append(evaluate(run, f"after {name}, averaged"))
     found = [_Candidate(end.when, _number(end.validation[key]), end) for end in ends]
     if under_way.best is not None:
         found.append(_Candidate(under_way.best["when"], under_way.best_figure, None))
@@ -105,17 +105,15 @@ def _start(run: Run) -> Moment:
     return [moment for moment in run.history if moment.kept][-1]
 
 
-def _end(run: Run, under_way: StageRun, when: str) -> Moment:
+@contextmanager
+def _divergence(under_way: StageRun, when: str) -> Iterator[None]:
+    """Embeddings of held-out people that are not finite are the stage's divergence; an image that has gone is not."""
     try:
-        return evaluate(run, when)
-    except UnreadableImageError:  # of held-out people; the checkpoint holds the stage's end
+        yield
+    except UnreadableImageError:  # the checkpoint holds what was trained
         raise
     except ValueError as error:
-        raise _diverged(under_way, when, error) from error
-
-
-def _diverged(under_way: StageRun, when: str, error: ValueError) -> TrainingDivergedError:
-    return TrainingDivergedError(f"Stage {under_way.stage.name!r} has diverged ({when}): {error}")
+        raise TrainingDivergedError(f"Stage {under_way.stage.name!r} has diverged ({when}): {error}") from error
 
 
 def _number(figure: float | int | None) -> float:

@@ -1,150 +1,39 @@
-"""One stage of training: from the weights it is given to the weights it leaves, in steps that can be interrupted."""
+"""The steps of a stage: from the weights it is given to the weights it leaves; they can be interrupted."""
 
 import bisect
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from metricface.data.augment import augment
 from metricface.data.images import ImageBatch
 from metricface.diagnostics import embedding_statistics
-from metricface.distributed import gather, gather_plain, rank, world_size
+from metricface.distributed import gather, gather_plain, world_size
 from metricface.heads.base import Head
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
 from metricface.training import assemble, batches, ranks
-from metricface.training.alarms import Alarms
-from metricface.training.averaging import WeightAverage
 from metricface.training.held_out import embed
-from metricface.training.look_alikes import ClassWeights, LookAlikeTables, NoTableError
+from metricface.training.look_alikes import ClassWeights, NoTableError
 from metricface.training.objective import SumObjective
 from metricface.training.people import People
-from metricface.training.recipe import Recipe, Stage, budget_seconds
+from metricface.training.recipe import Recipe
 from metricface.training.schedules import Clock, learning_rate
+from metricface.training.stage_run import StageRun
 from metricface.training.throughput import Waiting
 from metricface.training.update import apply_gradient, drawing_from
 from metricface.training.update import embed as embed_batch
 
 Report = Callable[[int, dict[str, float]], None]
 
-# Fields of a StageRun that a checkpoint holds as they are.
-_PLAIN = ("overflows", "rate_factor", "looks", "best", "ended")
-
 
 class TrainingDivergedError(RuntimeError):
     """The loss is no longer a finite number."""
-
-
-@dataclass
-class StageRun:
-    """A stage under way: everything that a checkpoint in its middle has to hold, beside the trunk."""
-
-    stage: Stage
-    objective: SumObjective
-    optimizer: Optimizer
-    sampler: batches.Sampler
-    clock: Clock
-    augmenting: torch.Generator
-    drawing: list[Tensor]  # where the objective's draws stand, on every rank alike
-    precision: torch.dtype
-    scaler: torch.amp.GradScaler
-    average: WeightAverage | None
-    look_alikes: LookAlikeTables | None
-    alarms: Alarms
-    overflows: int = 0  # steps that were left out since their gradient in float16 overflowed
-    rate_factor: float = 1.0  # of the learning rate, below 1 once the stage has gone back to its start
-    looks: int = 0  # how often it has been watched
-    best: dict[str, Any] | None = None  # the best weights seen then, with `when` and `figure`
-    ended: bool = False  # before its time
-    objective_at_start: dict[str, Any] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
-        return {
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "clock": self.clock.state_dict(),
-            "augmenting": ranks.of_all(self.augmenting.get_state()),
-            "drawing": self.drawing,
-            "scaler": self.scaler.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "objective_at_start": self.objective_at_start,
-            **{name: getattr(self, name) for name in _PLAIN},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict()` was taken."""
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.clock.load_state_dict(state["clock"])
-        if len(state["augmenting"]) == world_size():  # another number of ranks changes its images in its own way
-            self.augmenting.set_state(state["augmenting"][rank()].cpu())
-        self.drawing = [drawn.cpu() for drawn in state["drawing"]]
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.objective_at_start = state["objective_at_start"]
-        for name in _PLAIN:
-            setattr(self, name, state[name])
-
-    @property
-    def best_figure(self) -> float:
-        """Of the best weights seen on the way."""
-        return -math.inf if self.best is None else float(self.best["figure"])
-
-    def mark_start(self) -> None:
-        """Remember the objective as it is, to go back to it."""
-        if self.stage.watch.on_regression == "go_back":
-            self.objective_at_start = copy.deepcopy(self.objective.state_dict())
-
-    def go_back(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Begin again from these weights of the trunk and the objective as marked, at a lower learning rate."""
-        model.load_state_dict(weights)
-        self.objective.load_state_dict(self.objective_at_start)
-        self.optimizer.state.clear()
-        self.rate_factor *= self.stage.watch.factor
-        if self.average is not None:
-            self.average = WeightAverage(model, self.average.decay)
-
-
-def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: torch.device) -> StageRun:
-    """Make a stage's own sampler, objective and optimiser; the trunk goes on from the stage before."""
-    stage = recipe.stages[index]
-    seed = recipe.seed + 1000 * index
-    sampler = batches.sampler(stage, people.training, seed, rank=rank(), world_size=world_size())
-    before = assemble.faded(recipe, index)
-    objective = assemble.objective(stage, recipe, len(people.training.identities), sampler, before).to(device)
-    assemble.set_learning(stage, model)
-    precision = assemble.precision(recipe.precision, device)
-    return StageRun(
-        stage=stage,
-        objective=objective,
-        optimizer=assemble.optimizer(stage, model, objective),
-        sampler=sampler,
-        clock=_clock(stage, recipe, len(sampler)),
-        augmenting=torch.Generator(device).manual_seed(seed + 7919 * rank()),
-        drawing=_drawing(seed, device),
-        precision=precision,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-        average=None if stage.average is None else WeightAverage(model, stage.average),
-        look_alikes=batches.look_alikes(stage, sampler, people.training, recipe.data.workers, device),
-        alarms=Alarms(stage.name, objective),
-    )
-
-
-def _drawing(seed: int, device: torch.device) -> list[Tensor]:
-    generators = [torch.Generator(), *([torch.Generator(device)] if device.type == "cuda" else [])]
-    return [generator.manual_seed(seed).get_state() for generator in generators]
 
 
 def start_from_class_means(run: StageRun, people: People, model: nn.Module, device: torch.device) -> None:
@@ -377,16 +266,6 @@ def _diverged(run: StageRun, what: str) -> TrainingDivergedError:
         f"{run.optimizer.param_groups[0]['lr']:.3g}). The last checkpoint is intact. "
         f"Lower stages.{name}.learning_rate{weights}, lengthen its warmup, or set its clip_norm."
     )
-
-
-def _clock(stage: Stage, recipe: Recipe, batches: int) -> Clock:
-    if recipe.budget is not None:
-        shares = sum(other.share for other in recipe.stages)
-        return Clock(total_seconds=budget_seconds(recipe.budget) * stage.share / shares)
-    if stage.steps is not None:
-        return Clock(total_steps=stage.steps)
-    assert stage.epochs is not None
-    return Clock(total_steps=max(1, round(stage.epochs * batches)))
 
 
 def _endless(loader: torch.utils.data.DataLoader[ImageBatch]) -> Iterator[ImageBatch]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metricface.training import assemble, batches, checkpoint, look_alikes, selection, stages
+from metricface.training import assemble, batches, checkpoint, look_alikes, selection, stage_run
 from metricface.training.contradictions import check
 from metricface.training.held_out import embed
 from metricface.training.look_alikes import LookAlikeTables
@@ -104,7 +104,7 @@ def test_the_table_decides_which_people_meet(alike: Recipe, tmp_path: Path) -> N
         alike.stages[1].look_alikes.neighbours = number
         alike.stages[1].steps = 1
         run = train(alike, tmp_path / str(number), say=quiet)
-        sampler = stages.begin(1, alike, run.people, run.model, run.device).sampler
+        sampler = stage_run.begin(1, alike, run.people, run.model, run.device).sampler
         assert isinstance(sampler, LookAlikeBatchSampler)
         tables = batches.look_alikes(alike.stages[1], sampler, run.people.training, 0, run.device)
         assert tables is not None
@@ -185,7 +185,7 @@ def test_a_table_that_failed_before_it_was_needed_is_a_note_in_the_report(
         return embed(*arguments) if len(calls) == 1 else 1 / 0
 
     monkeypatch.setattr(look_alikes, "embed", failing)
-    monkeypatch.setattr(stages, "_clock", lambda *_: Clock(total_seconds=10.0))
+    monkeypatch.setattr(stage_run, "_clock", lambda *_: Clock(total_seconds=10.0))
     # In seconds, the last step is not known beforehand; here it comes after 30 steps, when 25's table is under way.
     monkeypatch.setattr(Clock, "progress_at", lambda clock, _: clock.steps / 30)
     run = train(alike, tmp_path / "run", say=quiet)

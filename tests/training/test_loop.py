@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import metricface
 from metricface.data.images import UnreadableImageError
-from metricface.training import assemble, checkpoint, loop, selection, stages
+from metricface.training import assemble, checkpoint, loop, selection, stage_run, stages
 from metricface.training.averaging import WeightAverage
 from metricface.training.held_out import HeldOut, embed
 from metricface.training.loop import train
@@ -231,16 +231,16 @@ def test_frozen_batch_norm_keeps_its_statistics_and_still_learns(recipe: Recipe,
     recipe.stages[1].batch_norm = "frozen"
     recipe.stages[1].steps = 3
     before: dict[str, torch.Tensor] = {}
-    real = stages.begin
+    real = stage_run.begin
 
-    def begin(index: int, *rest: object) -> stages.StageRun:
+    def begin(index: int, *rest: object) -> stage_run.StageRun:
         model = rest[2]
         assert isinstance(model, torch.nn.Module)
         before.update({name: value.clone() for name, value in model.state_dict().items()})
         return real(index, *rest)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "begin", begin)
+        patch.setattr(stage_run, "begin", begin)
         patch.setattr(loop, "keep_best", lambda run, name: None)
         run = train(recipe, tmp_path / "run", say=quiet)
     after = weights(run)
@@ -449,14 +449,14 @@ def test_after_a_regression_a_stage_goes_back_and_on_at_a_lower_learning_rate(
     recipe.log_every = 1
     scripted_figures(monkeypatch, [0.1, 0.6, 0.5, 0.9])
     went: list[bool] = []
-    real = stages.StageRun.go_back
+    real = stage_run.StageRun.go_back
 
-    def go_back(self: stages.StageRun, model: torch.nn.Module, start: dict[str, torch.Tensor]) -> None:
+    def go_back(self: stage_run.StageRun, model: torch.nn.Module, start: dict[str, torch.Tensor]) -> None:
         real(self, model, start)
         went.append(all(torch.equal(value, start[name]) for name, value in model.state_dict().items()))
         assert not self.optimizer.state
 
-    monkeypatch.setattr(stages.StageRun, "go_back", go_back)
+    monkeypatch.setattr(stage_run.StageRun, "go_back", go_back)
     run = train(recipe, tmp_path / "run", say=quiet)
     assert went == [True]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -495,7 +495,7 @@ def test_an_embedding_layer_alone_learns_and_a_frozen_trunk_stays(recipe: Recipe
     recipe.stages[1].learns = "embedding_layer"
     started: list[dict[str, torch.Tensor]] = []
 
-    def keep(run: Run, under_way: stages.StageRun) -> bool:
+    def keep(run: Run, under_way: stage_run.StageRun) -> bool:
         started.append(run.start_weights)
         return True
 

@@ -15,7 +15,8 @@ from metricface.training.objective import HeadObjective
 from metricface.training.people import People
 from metricface.training.recipe import Component, Recipe, Schedule, Stage, Term
 from metricface.training.run import Run
-from metricface.training.stages import StageRun, TrainingDivergedError
+from metricface.training.stage_run import StageRun
+from metricface.training.stages import TrainingDivergedError
 from tests.training.test_loop import after, assert_same, quiet, weights
 
 STEPS = 6
