@@ -258,11 +258,26 @@ def _part(term: Term, num_classes: int, embedding_dim: int, pairs: nn.Module | N
         return HeadObjective(head)
     assert term.loss is not None
     loss = _sized("loss", term.loss, num_classes, embedding_dim)
+    memory = _memory(term, loss, embedding_dim, pairs)
     if term.miner is None:
-        return MinedObjective(loss, pairs if isinstance(loss, OF_PAIRS) and not mines_for_itself(loss) else None)
+        given = pairs if isinstance(loss, OF_PAIRS) and not mines_for_itself(loss) else None
+        return MinedObjective(loss, given, memory)
     if mines_for_itself(loss):
         raise ValueError(f"The loss {term.loss.name} mines for itself; leave the miner {term.miner.name} out.")
-    return MinedObjective(loss, _miner(term.miner))
+    return MinedObjective(loss, _miner(term.miner), memory)
+
+
+def _memory(term: Term, loss: nn.Module, embedding_dim: int, pairs: nn.Module | None) -> miners.EmbeddingMemory | None:
+    """Of earlier batches. Raises ValueError for a loss that looks at one batch alone, and for given pairs."""
+    if term.memory is None:
+        return None
+    if "self_index" not in inspect.signature(loss.forward).parameters:
+        raise ValueError(f"The loss {type(loss).__name__} looks at one batch alone; leave memory out.")
+    if pairs is not None and term.miner is None:
+        raise ValueError(
+            "The pairs of a PairBatchSampler are all that the loss takes; give a miner, or leave memory out."
+        )
+    return miners.EmbeddingMemory(term.memory, embedding_dim)
 
 
 def _miner(component: Component) -> nn.Module:

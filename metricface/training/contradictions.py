@@ -19,6 +19,10 @@ def check(recipe: Recipe) -> None:
         budget_seconds(recipe.budget)
     for index, stage in enumerate(recipe.stages):
         _check_stage(stage, timed=recipe.budget is not None)
+        if recipe.mining == "per_rank" and any(term.memory is not None for term in stage.terms()):
+            raise ValueError(
+                f"Stage {stage.name!r} has a memory, which holds the images of all ranks; leave mining: per_rank out."
+            )
         _check_fade(recipe, index)
     if recipe.compile and recipe.recompute:
         raise ValueError("torch.compile decides itself what to recompute; leave compile or recompute out.")
@@ -92,6 +96,8 @@ def _check_part(where: str, part: Stage | Term) -> None:
         raise ValueError(
             f"{where} has a miner but no loss; a head takes no mined triplets. Give a loss or drop the miner."
         )
+    if part.memory is not None and (part.loss is None or not part.memory > 0):
+        raise ValueError(f"{where}: memory={part.memory} is a number of images, above 0, beside the batch of a loss.")
 
 
 def _check_terms(where: str, stage: Stage) -> None:

@@ -13,7 +13,8 @@ from metricface.diagnostics import mining_statistics, pair_statistics
 from metricface.distances import Distance
 from metricface.heads.base import Head
 from metricface.losses import MarginBasedLoss, TripletLoss, mined
-from metricface.miners import RandomMiner
+from metricface.miners import EmbeddingMemory, RandomMiner
+from metricface.miners.memory import References
 from metricface.training.recipe import Schedule
 from metricface.training.schedules import scheduled
 from metricface.tuples import Pairs
@@ -40,20 +41,35 @@ class HeadObjective(nn.Module):
 
 
 class MinedObjective(nn.Module):
-    """A pair or triplet loss on what a miner picks from the batch; without a miner, on all of it."""
+    """A pair or triplet loss on what a miner picks from the batch; without a miner, on all of it.
 
-    def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
+    memory: of earlier batches, whose embeddings stand beside the batch's own as positives and negatives of its anchors.
+    """
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None, memory: EmbeddingMemory | None = None) -> None:
         super().__init__()
         self.loss = loss
         self.miner = miner
+        self.memory = memory
         self._mined: Sequence[Tensor] | None = None
+        self._references: References | None = None
         # Where nothing is mined, d_ap and d_an are shown of random triplets, drawn without touching training's draws.
         self._sampler = RandomMiner(generator=torch.Generator().manual_seed(0))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of the mined tuples: embeddings (B, D), labels (B,), scalar; 0 where nothing was mined."""
-        self._mined = None if self.miner is None else self.miner(embeddings.detach(), labels)
-        loss: Tensor = self.loss(embeddings, labels, self._mined)
+        """The loss of the mined tuples: embeddings (B, D), labels (B,), scalar; 0 where nothing was mined.
+
+        The memory, if there is one, then takes the batch in.
+        """
+        beside: dict[str, Tensor] = {}
+        if self.memory is not None:
+            beside = self.memory.with_batch(embeddings, labels)._asdict()
+        found = {name: value.detach() for name, value in beside.items()}
+        self._mined = None if self.miner is None else self.miner(embeddings.detach(), labels, **found)
+        loss: Tensor = self.loss(embeddings, labels, self._mined, **beside)
+        if self.memory is not None:
+            self._references = References(**found)
+            self.memory.add(embeddings, labels)
         return loss
 
     @torch.no_grad()
@@ -69,6 +85,7 @@ class MinedObjective(nn.Module):
             return told | {f"mining/{name}": value for name, value in self._of(self._mined, embeddings, labels).items()}
         if told:
             return told
+        # Of the batch alone: an index of its rows is the same among the references, where they come first.
         sample = self._sampler(embeddings.detach(), labels)
         return {f"random/{name}": value for name, value in self._of(sample, embeddings, labels).items()}
 
@@ -77,12 +94,21 @@ class MinedObjective(nn.Module):
         rows = embeddings.detach()
         distance: Distance = getattr(self.loss, "distance", "euclidean")
         normalize: bool = getattr(self.loss, "normalize", True)
+        beside = {} if self._references is None else {"ref_emb": self._references.ref_emb}
         if len(found) == 4:
-            return pair_statistics(rows, Pairs(*found), distance=distance, normalize=normalize)
+            return pair_statistics(rows, Pairs(*found), distance=distance, normalize=normalize, **beside)
         # Asked each time: a schedule may change it.
         margin = _triplet_margin(self.loss)
+        if self._references is not None:
+            beside["ref_labels"] = self._references.ref_labels
         known = mining_statistics(
-            rows, labels, found, margin=0.0 if margin is None else margin, distance=distance, normalize=normalize
+            rows,
+            labels,
+            found,
+            margin=0.0 if margin is None else margin,
+            distance=distance,
+            normalize=normalize,
+            **beside,
         )
         return known if margin is not None else {name: value for name, value in known.items() if name not in SHARES}
 

@@ -98,6 +98,7 @@ class Term:
         head: Classification; give either this or a loss.
         loss: A pair or triplet loss, or one that keeps a centre for each class.
         miner: What picks the loss's triplets; none: every pair or triplet of the batch.
+        memory: As of a stage.
         weight: The factor of the term in the sum; the stage's own head or loss has 1.
     """
 
@@ -105,6 +106,7 @@ class Term:
     head: Component | None = None
     loss: Component | None = None
     miner: Component | None = None
+    memory: int | None = None
     weight: float = 1.0
 
 
@@ -176,6 +178,9 @@ class Stage:
         head: Classification, dropped when the stage ends; give either this or a loss.
         loss: A pair or triplet loss.
         miner: What picks the loss's triplets; none: every pair or triplet of the batch.
+        memory: Embeddings of so many images of earlier batches, as the network was then and without gradient, stand
+            beside the batch as positives and negatives of its anchors (cross-batch memory). For networks that change
+            slowly: after pretraining, at a low learning rate. None: the batch alone.
         plus: Further terms of the sum that is minimised, beside the head or loss above, whose weight is 1.
         schedules: Numbers that change over the stage, called PART.NUMBER: `head.margin_cos`, `loss.margin`,
             `TERM.margin` of a further term's head or loss; `weight` is a term's factor in the sum.
@@ -208,6 +213,7 @@ class Stage:
     head: Component | None = None
     loss: Component | None = None
     miner: Component | None = None
+    memory: int | None = None
     look_alikes: LookAlikes | None = None
     plus: list[Term] = field(default_factory=list)
     schedules: dict[str, Schedule] = field(default_factory=dict)
@@ -236,7 +242,7 @@ class Stage:
 
     def terms(self) -> list[Term]:
         """The whole sum: the stage's own head or loss, under the name `head` or `loss`, and the further terms."""
-        main = Term("loss" if self.head is None else "head", self.head, self.loss, self.miner)
+        main = Term("loss" if self.head is None else "head", self.head, self.loss, self.miner, self.memory)
         return [main, *self.plus]
 
 

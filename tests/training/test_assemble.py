@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from metricface.models.layers import layers
 from metricface.training.assemble import HEADS, LOSSES, MINERS, check_names, objective, optimizer, set_learning
 from metricface.training.objective import HeadObjective, MinedObjective, Part
 from metricface.training.recipe import Component, Model, Recipe, Schedule, Stage, Term
+from samplers import PairBatchSampler
 
 SAMPLER = Component("IdentityBalancedBatchSampler", {})
 RECIPE = Recipe(model=Model(embedding_dim=8))
@@ -84,6 +86,30 @@ def test_a_curriculum_names_two_miners_with_options_of_their_own_and_its_steps_a
 def test_a_miner_beside_a_loss_that_mines_for_itself_is_an_error() -> None:
     with pytest.raises(ValueError, match="BatchAllTripletLoss mines for itself; leave the miner SemiHardMiner out"):
         mined(Component("BatchAllTripletLoss"), Component("SemiHardMiner"))
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_a_memory_goes_with_every_loss_that_takes_references_and_is_refused_by_the_others(loss: str) -> None:
+    stage = Stage(name="s", sampler=SAMPLER, loss=Component(loss), memory=32)
+    if loss in ("CenterLoss", "ContrastiveCenterLoss", "RangeLoss"):
+        with pytest.raises(ValueError, match=f"{loss} looks at one batch alone; leave memory out"):
+            objective(stage, RECIPE, 4)
+        return
+    made = objective(stage, RECIPE, 4)
+    labels = torch.arange(24) // 6
+    for seed in range(2):
+        x = torch.randn(24, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        made(x, labels).backward()
+        assert x.grad is not None
+        assert x.grad.abs().sum() > 0
+        assert made.statistics(x, labels)
+
+
+def test_given_pairs_have_no_use_for_a_memory() -> None:
+    stage = Stage(name="s", sampler=SAMPLER, loss=Component("ContrastiveLoss"), memory=32)
+    batches = PairBatchSampler(np.arange(12) // 3, pairs_per_batch=4)
+    with pytest.raises(ValueError, match="give a miner, or leave memory out"):
+        objective(stage, RECIPE, 4, batches)
 
 
 def test_a_curriculums_miner_with_a_misspelt_key_is_an_error() -> None:

@@ -96,6 +96,16 @@ def test_miners_with_chance_draw_after_a_resume_what_they_would_have_drawn(
     assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
 
 
+def test_a_memory_goes_on_after_a_resume_with_what_it_held(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.stages[1].memory = 40
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    train(recipe, tmp_path / "run", stopped=after(9), say=quiet)
+    assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
+    recipe.stages[1].memory = None
+    without = train(recipe, tmp_path / "without", say=quiet)
+    assert not torch.equal(weights(whole)["project.linear.weight"], weights(without)["project.linear.weight"])
+
+
 def test_a_run_does_not_go_on_with_other_images(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "run", stopped=after(3), say=quiet)
     recipe.data.synthetic_images = 7

@@ -9,7 +9,7 @@ from torch import nn
 from metricface.heads import CosFace, Softmax
 from metricface.losses import ContrastiveLoss, MarginBasedLoss, RangeLoss, TripletLoss
 from metricface.losses.mined import BatchHardTripletLoss
-from metricface.miners import BatchHardMiner, PairMarginMiner
+from metricface.miners import BatchHardMiner, EmbeddingMemory, PairMarginMiner
 from metricface.training.objective import HeadObjective, MinedObjective, Part, SumObjective
 from metricface.training.recipe import Schedule
 
@@ -311,3 +311,34 @@ def test_without_a_stage_to_take_over_from_nothing_fades() -> None:
     assert new.follow(0.0) == {}
     new(torch.randn(12, 8), torch.arange(12) // 3)
     assert set(new.values) == {"loss"}
+
+
+def test_a_memory_offers_the_batches_before_as_it_does_by_hand_and_takes_the_batch_in_afterwards() -> None:
+    objective = MinedObjective(TripletLoss(0.2), BatchHardMiner(), EmbeddingMemory(18, 8))
+    earlier, labels = batch()
+    objective(earlier, labels)
+    embeddings = torch.randn(12, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    both, of_both = torch.cat([embeddings, earlier.detach()]), torch.cat([labels, labels])
+    itself = torch.arange(12)
+    mined = BatchHardMiner()(embeddings, labels, both.detach(), of_both, self_index=itself)
+    expected = TripletLoss(0.2)(embeddings, labels, mined, both, of_both, self_index=itself)
+    loss = objective(embeddings, labels)
+    assert loss.item() == expected.item()
+    assert loss.item() != TripletLoss(0.2)(embeddings, labels, BatchHardMiner()(embeddings, labels)).item()
+    assert torch.equal(*(torch.autograd.grad(value, embeddings)[0] for value in (loss, expected)))
+    found = objective.statistics(embeddings, labels)
+    units = [nn.functional.normalize(rows, dim=1) for rows in (embeddings, both)]
+    hardest = torch.cdist(units[0], units[1]) ** 2
+    assert found["mining/d_an_mean"].item() == pytest.approx(hardest[itself, mined.negative].mean().item(), rel=1e-4)
+    assert objective.memory is not None
+    assert len(objective.memory) == 18  # the oldest six of 24 have gone
+
+
+@pytest.mark.parametrize("miner", [None, PairMarginMiner()])
+def test_pairs_are_taken_from_a_memory_with_and_without_a_miner(miner: PairMarginMiner | None) -> None:
+    objective = MinedObjective(ContrastiveLoss(), miner, EmbeddingMemory(64, 8))
+    first, labels = batch()
+    alone = objective(first, labels).item()
+    again = objective(first.detach().requires_grad_(), labels)
+    assert again.item() != alone
+    assert objective.statistics(first, labels)

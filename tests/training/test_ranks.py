@@ -162,6 +162,23 @@ def test_a_run_goes_on_on_another_number_of_ranks_with_the_same_plan(tmp_path: P
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def with_memory() -> dict[str, Any]:
+    stages = tiny_recipe().stages
+    for stage in stages:
+        stage.batch_norm = "frozen"
+    stages[1].memory = 40
+    return {"stages": stages}
+
+
+def test_a_memory_holds_the_images_of_all_ranks(tmp_path: Path) -> None:
+    alone, _, _ = train_on_ranks(str(tmp_path / "alone"), with_memory())
+    for weights, _, _ in on_ranks(2, train_on_ranks, str(tmp_path / "two"), with_memory()):
+        for name, value in alone.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="leave mining: per_rank out"):
+        train_on_ranks(str(tmp_path / "per_rank"), with_memory() | {"mining": "per_rank"})
+
+
 def test_per_rank_mining_trains_alike_on_all_ranks_and_says_what_it_costs(tmp_path: Path) -> None:
     first, second = on_ranks(2, train_on_ranks, str(tmp_path / "run"), {"mining": "per_rank"})
     for name, value in first[0].items():
