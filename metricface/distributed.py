@@ -64,6 +64,15 @@ def gather_plain(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else _joined(rows, _agree(rows)[0])
 
 
+def gather_to_first(rows: Tensor) -> Tensor:
+    """The rows of all ranks, joined in rank order, on rank 0, and none on the others: (B_r, ...) -> (B or 0, ...).
+
+    Without gradient, of any type; B_r may differ by rank and be 0. Raises ValueError as `gather` does.
+    """
+    rows = rows.detach()
+    return rows if world_size() == 1 else _joined(rows, _agree(rows)[0], everywhere=False)
+
+
 def row_counts(rows: Tensor) -> list[int]:
     """How many rows each rank has, in rank order."""
     return [len(rows)] if world_size() == 1 else _agree(rows)[0]
@@ -153,15 +162,24 @@ def _agree(rows: Tensor) -> tuple[list[int], bool]:
     return counts, any(needs_grad)
 
 
-def _joined(rows: Tensor, counts: list[int]) -> Tensor:
-    """As bytes, of which every backend can send all types, and padded: gloo sends tensors of one size."""
+def _joined(rows: Tensor, counts: list[int], *, everywhere: bool = True) -> Tensor:
+    """As bytes, of which every backend can send all types, and padded: gloo sends tensors of one size.
+
+    everywhere: on all ranks, or on the first alone, where the others get no rows.
+    """
     if not max(counts):
         return rows.clone()
     flat = rows.reshape(len(rows), rows.shape[1:].numel()).contiguous().view(torch.uint8)  # (B_r, bytes)
     padded = flat.new_zeros(max(counts), flat.shape[1])
     padded[: len(rows)] = flat
-    found = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(found, padded)
+    gets = everywhere or rank() == 0
+    found = [torch.empty_like(padded) for _ in counts] if gets else []
+    if everywhere:
+        dist.all_gather(found, padded)
+    else:
+        dist.gather(padded, found if gets else None)
+    if not gets:
+        return rows[:0]
     joined = torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
     return joined.view(rows.dtype).view(sum(counts), *rows.shape[1:])
 

@@ -6,7 +6,7 @@
 The process group, if there is to be one, must be there before the head is built.
 """
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from metricface.distributed import (
     world_size,
 )
 from metricface.heads.base import Head
-from metricface.heads.reshard import check_ranks
+from metricface.heads.reshard import HELD, check_ranks, rows_of
 from metricface.heads.shards import PER_CLASS, Shard, shard_of
 
 
@@ -79,7 +79,7 @@ class PartialFC(nn.Module):
                 setattr(head, name, _cut(whole, head.num_classes, mine))
         self.register_buffer("seed", torch.tensor(int(seed)))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.register_buffer("held", torch.tensor([mine.start, mine.stop, head.num_classes]))
+        self.register_buffer(HELD, torch.tensor([mine.start, mine.stop, head.num_classes]))
 
     @property
     def last(self) -> dict[str, Tensor] | None:
@@ -98,7 +98,17 @@ class PartialFC(nn.Module):
     def losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of each row of all ranks, in rank order, (sum of B_r,): `forward` before the mean."""
         labels = self._checked(embeddings, labels)
-        embeddings, labels = gather(embeddings, averaged=True), gather_plain(labels)
+        return self._losses(gather(embeddings, averaged=True), gather_plain(labels))
+
+    def of_joined(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """`forward` for a batch that is joined already (`metricface.distributed.gather`), the same on every rank.
+
+        embeddings: (B, D) and labels: (B,) of all ranks. The gradient of the rows is whole on each of them.
+        """
+        losses = self._losses(embeddings, self._checked(embeddings, labels))
+        return losses.sum() / max(1, len(losses))
+
+    def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         sample = None
         if self.training and torch.is_grad_enabled():
             sample = self._draw(labels)
@@ -166,14 +176,20 @@ class PartialFC(nn.Module):
         raise_on_all_ranks(error, self.head.weight.device)
         return found
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        held = state_dict.get(f"{prefix}held")
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *others: Any) -> None:
+        """A state of all classes is cut to those of this rank; torch passes a dict that may be changed."""
+        held = state_dict.get(f"{prefix}{HELD}")
         if held is not None and held.tolist() != self.held.tolist():
             start, stop, total = held.tolist()
-            raise ValueError(
-                f"This state holds classes {start} to {stop - 1} of {total}; this rank holds {self._range()}. "
-                "Pass the states of all ranks through metricface.heads.reshard.reshard first."
-            )
+            if (start, stop, total) != (0, self.head.num_classes, self.head.num_classes):
+                raise ValueError(
+                    f"This state holds classes {start} to {stop - 1} of {total}; this rank holds {self._range()}. "
+                    "Pass the states of all ranks through metricface.heads.reshard.reshard first."
+                )
+            for key in (f"{prefix}head.{name}" for name in PER_CLASS):
+                if key in state_dict:
+                    state_dict[key] = rows_of(state_dict[key], total, self.shard.held)
+            state_dict[f"{prefix}{HELD}"] = self.held
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _range(self) -> str:
@@ -198,9 +214,16 @@ def sample_classes(positives: Tensor, num_classes: int, quota: int, generator: t
 
 
 def _cut(whole: nn.Parameter, num_classes: int, mine: range) -> nn.Parameter:
-    each = len(whole) // num_classes
-    rows = whole.detach()[mine.start * each : mine.stop * each].clone()  # a view would keep the whole
-    return nn.Parameter(rows, requires_grad=whole.requires_grad)
+    return nn.Parameter(rows_of(whole.detach(), num_classes, mine), requires_grad=whole.requires_grad)
+
+
+def heads_in(module: nn.Module) -> list[Head | PartialFC]:
+    """The heads in a module: a PartialFC, not the head inside it."""
+    return [
+        part
+        for part in module.modules()
+        if isinstance(part, PartialFC) or (isinstance(part, Head) and not isinstance(part.classes, Shard))
+    ]
 
 
 def _check(head: Head, sampling_rate: float, seed: int) -> None:

@@ -1,12 +1,21 @@
-"""What the ranks of a PartialFC hold, joined, and cut anew for another number of ranks."""
+"""What the ranks of a PartialFC hold, joined, and cut anew for another number of ranks.
+
+Two ways. From files that every rank has written by itself: `reshard` and `reshard_optimizer`, in any process. In one
+file, for a checkpoint: all ranks call `whole_state` and `whole_optimizer`, and the first one writes what it gets; any
+number of ranks then reads that, each PartialFC taking its own classes from it.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from metricface.distributed import gather_to_first
 from metricface.heads.shards import PER_CLASS, shard_of
+
+HELD = "held"  # the buffer of a PartialFC: first class, last + 1, all
 
 
 def reshard(states: Sequence[Mapping[str, Tensor]], world_size: int) -> list[dict[str, Tensor]]:
@@ -53,6 +62,91 @@ def reshard_optimizer(
     return found
 
 
+def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a module, with the classes of all ranks wherever it has a PartialFC; on rank 0, which is to keep it.
+
+    state: `state_dict()` of the module on this rank. Every rank must call it; the others get a state without those
+    classes. Where all classes are there already nothing is sent.
+    """
+    found = dict(state)
+    for name in [name for name in state if name.rpartition(".")[2] == HELD]:
+        start, stop, total = state[name].tolist()
+        if (start, stop) == (0, total):
+            continue
+        for key in _per_class(name.removesuffix(HELD)):
+            if key in state:
+                found[key] = gather_to_first(state[key])
+        found[name] = torch.tensor([0, total, total])
+    return found
+
+
+def whole_optimizer(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """What an optimizer has (momentum and the like) for the classes of all ranks; on rank 0, as `whole_state`.
+
+    module: of whose parameters it has some.
+    """
+    state = optimizer.state_dict()
+    entries = dict(state["state"])
+    for number, (mine, total) in _sharded(optimizer, module).items():
+        if number in entries and len(mine) < total:
+            entries[number] = {
+                name: gather_to_first(value) if _has_rows(value) else value for name, value in entries[number].items()
+            }
+    return {**state, "state": entries}
+
+
+def own_optimizer(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Of what `whole_optimizer` gave, on any number of ranks, this rank's classes, for `optimizer.load_state_dict`."""
+    entries = dict(state["state"])
+    for number, (mine, total) in _sharded(optimizer, module).items():
+        if number in entries:
+            entries[number] = {
+                name: rows_of(value, total, mine) if _has_rows(value) else value
+                for name, value in entries[number].items()
+            }
+    return {**state, "state": entries}
+
+
+def sharded_names(module: nn.Module) -> list[str]:
+    """Of the entries of `module.state_dict()`, those that are of this rank's classes wherever it has a PartialFC."""
+    state = module.state_dict()
+    found = [name for name in state if name.rpartition(".")[2] == HELD]
+    return found + [key for name in found for key in _per_class(name.removesuffix(HELD)) if key in state]
+
+
+def sharded_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that hold this rank's classes, and have their whole gradient on this rank."""
+    names = set(sharded_names(module))
+    return [parameter for name, parameter in module.named_parameters() if name in names]
+
+
+def rows_of(whole: Tensor, num_classes: int, mine: range) -> Tensor:
+    """The rows of some classes, (classes of the rank x K, ...), in memory of their own. whole: (classes x K, ...)."""
+    each = len(whole) // num_classes
+    return whole[mine.start * each : mine.stop * each].clone()
+
+
+def _per_class(prefix: str) -> list[str]:
+    return [f"{prefix}head.{parameter}" for parameter in PER_CLASS]
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _sharded(optimizer: Optimizer, module: nn.Module) -> dict[int, tuple[range, int]]:
+    """By its number in the optimizer: which classes a parameter holds, and how many there are."""
+    numbers = {p: n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    parameters, state = dict(module.named_parameters()), module.state_dict()
+    found = {}
+    for name in [name for name in state if name.rpartition(".")[2] == HELD]:
+        start, stop, total = state[name].tolist()
+        for key in _per_class(name.removesuffix(HELD)):
+            if parameters.get(key) in numbers:
+                found[numbers[parameters[key]]] = (range(start, stop), total)
+    return found
+
+
 def reshard_rows(parts: Sequence[Tensor], num_classes: int, world_size: int) -> list[Tensor]:
     """What belongs to classes row by row (weights, momentum), cut anew for another number of ranks.
 
@@ -62,8 +156,7 @@ def reshard_rows(parts: Sequence[Tensor], num_classes: int, world_size: int) -> 
     whole = torch.cat(list(parts))
     if len(whole) % num_classes:
         raise ValueError(f"{len(whole)} rows are no multiple of {num_classes} classes; pass the parts of every rank.")
-    each = len(whole) // num_classes
-    return [whole[mine.start * each : mine.stop * each].clone() for mine in _shards(num_classes, world_size)]
+    return [rows_of(whole, num_classes, mine) for mine in _shards(num_classes, world_size)]
 
 
 def _shards(num_classes: int, world_size: int) -> list[range]:

@@ -13,6 +13,7 @@ from metricface import heads, losses, miners, models
 from metricface.choices import is_number
 from metricface.data.images import ImageSet
 from metricface.distributed import rank, world_size
+from metricface.heads.partial_fc import PartialFC
 from metricface.losses import mined
 from metricface.models.embedder import Embedder, load
 from metricface.models.layers import freeze_statistics, layers, recompute_activations
@@ -233,7 +234,7 @@ def objective(
         old.follow(1.0)  # numbers on schedules stay as they end
     terms = stage.terms()
     pairs = _given_pairs(recipe, batches)
-    parts = {term.name: _part(term, num_classes, recipe.model.embedding_dim, pairs) for term in terms}
+    parts = {term.name: _part(term, recipe, num_classes, pairs) for term in terms}
     weights = {term.name: term.weight for term in terms}
     return SumObjective(parts, weights, stage.schedules, before=old, fade=stage.fade or 0.0)
 
@@ -251,11 +252,15 @@ def faded(recipe: Recipe, index: int) -> Stage | None:
     return recipe.stages[index - 1] if recipe.stages[index].fade is not None else None
 
 
-def _part(term: Term, num_classes: int, embedding_dim: int, pairs: nn.Module | None) -> Part:
+def _part(term: Term, recipe: Recipe, num_classes: int, pairs: nn.Module | None) -> Part:
+    embedding_dim = recipe.model.embedding_dim
     if term.head is not None:
         head = _sized("head", term.head, num_classes, embedding_dim)
         assert isinstance(head, heads.base.Head)
-        return HeadObjective(head)
+        if term.partial_fc is None:
+            return HeadObjective(head)
+        partial = PartialFC(head, sampling_rate=term.partial_fc, seed=recipe.seed)
+        return HeadObjective(partial, joined=recipe.mining == "joined")
     assert term.loss is not None
     loss = _sized("loss", term.loss, num_classes, embedding_dim)
     memory = _memory(term, loss, embedding_dim, pairs)

@@ -96,6 +96,10 @@ def _check_part(where: str, part: Stage | Term) -> None:
         raise ValueError(
             f"{where} has a miner but no loss; a head takes no mined triplets. Give a loss or drop the miner."
         )
+    if part.partial_fc is not None and (part.head is None or not 0.0 < part.partial_fc <= 1.0):
+        raise ValueError(
+            f"{where}: partial_fc={part.partial_fc} is a share of a head's classes, above 0 and at most 1."
+        )
     if part.memory is not None and (part.loss is None or not part.memory > 0):
         raise ValueError(f"{where}: memory={part.memory} is a number of images, above 0, beside the batch of a loss.")
 

@@ -175,7 +175,9 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
     _note_failed_tables(run, under_way)
     run.objective_before = None
     if keep_best(run, under_way):
-        run.class_vectors = stages.class_weights(under_way) or run.class_vectors
+        later = run.recipe.stages[run.index + 1 :]
+        if any(other.look_alikes is not None and other.look_alikes.source == "head" for other in later):
+            run.class_vectors = stages.class_weights(under_way) or run.class_vectors
         if run.index + 1 < len(run.recipe.stages) and run.recipe.stages[run.index + 1].fade is not None:
             run.objective_before = copy.deepcopy(under_way.objective.state_dict())
     run.index += 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metricface.diagnostics import mining_statistics, pair_statistics
 from metricface.distances import Distance
 from metricface.heads.base import Head
+from metricface.heads.partial_fc import PartialFC
 from metricface.losses import MarginBasedLoss, TripletLoss, mined
 from metricface.miners import EmbeddingMemory, RandomMiner
 from metricface.miners.memory import References
@@ -24,16 +25,25 @@ SHARES = ("active_share", "easy_share", "semi_hard_share", "hard_share")
 
 
 class HeadObjective(nn.Module):
-    """A classification head on raw embeddings."""
+    """A classification head on raw embeddings.
 
-    def __init__(self, head: Head) -> None:
+    joined: whether the batches are those of all ranks; a PartialFC joins the others itself.
+    """
+
+    def __init__(self, head: Head | PartialFC, *, joined: bool = True) -> None:
         super().__init__()
         self.head = head
+        self._call = head.of_joined if joined and isinstance(head, PartialFC) else head
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The head's loss: embeddings (B, D), labels (B,), scalar."""
-        loss: Tensor = self.head(embeddings, labels)
+        loss: Tensor = self._call(embeddings, labels)
         return loss
+
+    @property
+    def on_schedule(self) -> Head:
+        """Whose margins and scale may change on the way."""
+        return self.head.head if isinstance(self.head, PartialFC) else self.head
 
     def statistics(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What the head says of the batch that `forward` saw last: how much it classifies rightly, and more."""
@@ -151,8 +161,8 @@ class SumObjective(nn.Module):
     schedules: which number follows which curve: PART.NUMBER, a plain attribute of the part's head or loss, or
     PART.weight. before: the sum of the stage before, which fades out in a line over the share `fade` of the stage while
     this one comes in; its parts are then called before/NAME, and stay as the end of that stage has them (`take_over`).
-    After a call `values` holds each part's own loss, unweighted and without gradient; parts that have faded out, or not
-    yet come in, are not computed.
+    After a call `values` holds each part's own loss, unweighted and without gradient; parts that have faded out
+    are not computed.
     """
 
     def __init__(
@@ -205,7 +215,7 @@ class SumObjective(nn.Module):
                 self.weights[name] = value
             else:
                 part = self.parts[name]
-                setattr(part.head if isinstance(part, HeadObjective) else part.loss, number, value)
+                setattr(part.on_schedule if isinstance(part, HeadObjective) else part.loss, number, value)
             found[key] = value
         return found
 
@@ -215,7 +225,9 @@ class SumObjective(nn.Module):
         terms = []
         for name, part in self.parts.items():
             factor = self._come_in if name in self._own else 1.0 - self._come_in
-            if factor == 0.0:
+            # One's own parts count from the first step on, with nothing: parameters that get their first gradient after
+            # others have got theirs are more than torch's fused SGD can do.
+            if factor == 0.0 and name not in self._own:
                 continue
             try:
                 loss: Tensor = part(embeddings, labels)

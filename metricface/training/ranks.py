@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from metricface.distributed import rank, world_size
+from metricface.heads.reshard import sharded_names, sharded_parameters
 
 T = TypeVar("T")
 
@@ -59,6 +60,11 @@ def beat(seconds: float, stop: bool) -> Beat:
     return Beat(float(both[0]), bool(both[1]))
 
 
+def any_of(flag: bool) -> bool:
+    """Whether it is so on any rank."""
+    return beat(0.0, flag).stop
+
+
 def from_first(value: T) -> T:
     """The first rank's value, on every rank."""
     if world_size() == 1:
@@ -86,10 +92,14 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
-    """Average the gradients of a module that every rank has, over ranks; one without a gradient counts as 0."""
+    """Average the gradients of a module that every rank has, over ranks; one without a gradient counts as 0.
+
+    Those of classes that are spread over ranks are whole, and stay.
+    """
     if world_size() == 1:
         return
-    for parameter in module.parameters():
+    own = set(sharded_parameters(module))
+    for parameter in (p for p in module.parameters() if p not in own):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
@@ -98,7 +108,12 @@ def average_gradients(module: nn.Module) -> None:
 
 @torch.no_grad()
 def take_from_first(module: nn.Module) -> None:
-    """Give every rank the first one's parameters and buffers: rounding may have parted what should be alike."""
+    """Give every rank the first one's parameters and buffers: rounding may have parted what should be alike.
+
+    But for classes that are spread over ranks.
+    """
     if world_size() > 1:
-        for value in module.state_dict().values():
-            dist.broadcast(value, src=0)
+        own = set(sharded_names(module))
+        for name, value in module.state_dict().items():
+            if name not in own:
+                dist.broadcast(value, src=0)

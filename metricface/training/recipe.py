@@ -96,6 +96,7 @@ class Term:
     Args:
         name: By which schedules, curves and command-line settings call it; a Python identifier.
         head: Classification; give either this or a loss.
+        partial_fc: As of a stage.
         loss: A pair or triplet loss, or one that keeps a centre for each class.
         miner: What picks the loss's triplets; none: every pair or triplet of the batch.
         memory: As of a stage.
@@ -104,6 +105,7 @@ class Term:
 
     name: str
     head: Component | None = None
+    partial_fc: float | None = None
     loss: Component | None = None
     miner: Component | None = None
     memory: int | None = None
@@ -176,6 +178,8 @@ class Stage:
         sampler: What a batch is made of.
         look_alikes: Who looks like whom, for a LookAlikeBatchSampler; none: its defaults.
         head: Classification, dropped when the stage ends; give either this or a loss.
+        partial_fc: Spread the head's classes over the ranks, and look at this share of them in each step, the batch's
+            own among them (1: at all; exactly the head). None: every rank has the whole head.
         loss: A pair or triplet loss.
         miner: What picks the loss's triplets; none: every pair or triplet of the batch.
         memory: Embeddings of so many images of earlier batches, as the network was then and without gradient, stand
@@ -211,6 +215,7 @@ class Stage:
     name: str
     sampler: Component
     head: Component | None = None
+    partial_fc: float | None = None
     loss: Component | None = None
     miner: Component | None = None
     memory: int | None = None
@@ -242,7 +247,8 @@ class Stage:
 
     def terms(self) -> list[Term]:
         """The whole sum: the stage's own head or loss, under the name `head` or `loss`, and the further terms."""
-        main = Term("loss" if self.head is None else "head", self.head, self.loss, self.miner, self.memory)
+        name = "loss" if self.head is None else "head"
+        main = Term(name, self.head, self.partial_fc, self.loss, self.miner, self.memory)
         return [main, *self.plus]
 
 

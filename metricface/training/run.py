@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metricface.distributed import rank, world_size
+from metricface.heads.reshard import whole_state
 from metricface.monitoring.board import Board
 from metricface.training import checkpoint, ranks
 from metricface.training.held_out import Figures, HeldOut
@@ -79,7 +80,7 @@ class Run:
             "model": self.model.state_dict(),
             "start_weights": self.start_weights,
             "class_vectors": None if self.class_vectors is None else tuple(self.class_vectors),
-            "objective_before": self.objective_before,
+            "objective_before": None if self.objective_before is None else whole_state(self.objective_before),
             "stage": None if under_way is None else under_way.state_dict(),
             "history": [vars(moment) for moment in self.history],
             "notes": self.notes,

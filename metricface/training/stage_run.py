@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metricface.distributed import rank, world_size
+from metricface.heads.reshard import own_optimizer, sharded_parameters, whole_optimizer, whole_state
 from metricface.training import assemble, batches, ranks
 from metricface.training.alarms import Alarms
 from metricface.training.averaging import WeightAverage
@@ -18,6 +20,7 @@ from metricface.training.objective import SumObjective
 from metricface.training.people import People
 from metricface.training.recipe import Recipe, Stage, budget_seconds
 from metricface.training.schedules import Clock
+from metricface.training.update import drawing_from
 
 # Fields of a StageRun that a checkpoint holds as they are.
 _PLAIN = ("overflows", "rate_factor", "looks", "best", "ended")
@@ -46,25 +49,30 @@ class StageRun:
     ended: bool = False  # before its time
     objective_at_start: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def sharded(self) -> list[nn.Parameter]:
+        """Of the objective's parameters those that are classes of this rank."""
+        return sharded_parameters(self.objective)
+
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """Tensors and plain values only; on the first rank whole, as one process would have it."""
         return {
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "objective": whole_state(self.objective.state_dict()),
+            "optimizer": whole_optimizer(self.optimizer, self.objective),
             "sampler": self.sampler.state_dict(),
             "clock": self.clock.state_dict(),
             "augmenting": ranks.of_all(self.augmenting.get_state()),
             "drawing": self.drawing,
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "objective_at_start": self.objective_at_start,
+            "objective_at_start": whole_state(self.objective_at_start),
             **{name: getattr(self, name) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict()` was taken."""
         self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(own_optimizer(state["optimizer"], self.optimizer, self.objective))
         self.sampler.load_state_dict(state["sampler"])
         self.clock.load_state_dict(state["clock"])
         if len(state["augmenting"]) == world_size():  # another number of ranks changes its images in its own way
@@ -103,7 +111,9 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
     seed = recipe.seed + 1000 * index
     sampler = batches.sampler(stage, people.training, seed, rank=rank(), world_size=world_size())
     before = assemble.faded(recipe, index)
-    objective = assemble.objective(stage, recipe, len(people.training.identities), sampler, before).to(device)
+    drawing = _drawing(seed, device)
+    with drawing_from(drawing, device):  # not from where this rank's generators stand: on other ranks it is elsewhere
+        objective = assemble.objective(stage, recipe, len(people.training.identities), sampler, before).to(device)
     assemble.set_learning(stage, model)
     precision = assemble.precision(recipe.precision, device)
     return StageRun(
@@ -113,7 +123,7 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
         sampler=sampler,
         clock=_clock(stage, recipe, len(sampler)),
         augmenting=torch.Generator(device).manual_seed(seed + 7919 * rank()),
-        drawing=_drawing(seed, device),
+        drawing=drawing,
         precision=precision,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         average=None if stage.average is None else WeightAverage(model, stage.average),
@@ -124,7 +134,8 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
 
 def _drawing(seed: int, device: torch.device) -> list[Tensor]:
     generators = [torch.Generator(), *([torch.Generator(device)] if device.type == "cuda" else [])]
-    return [generator.manual_seed(seed).get_state() for generator in generators]
+    # The trunk's weights are drawn from the seed itself.
+    return [generator.manual_seed(seed + 500).get_state() for generator in generators]
 
 
 def _clock(stage: Stage, recipe: Recipe, batches: int) -> Clock:

@@ -15,7 +15,7 @@ from metricface.data.augment import augment
 from metricface.data.images import ImageBatch
 from metricface.diagnostics import embedding_statistics
 from metricface.distributed import gather, gather_plain, world_size
-from metricface.heads.base import Head
+from metricface.heads.partial_fc import PartialFC, heads_in
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
 from metricface.training import assemble, batches, ranks
 from metricface.training.held_out import embed
@@ -43,10 +43,10 @@ def start_from_class_means(run: StageRun, people: People, model: nn.Module, devi
     """
     embeddings = torch.from_numpy(embed(model, people.training, device, unit=False))  # (N, D), raw, on the CPU
     labels = torch.from_numpy(people.training.labels)  # (N,)
+    for head in heads_in(run.objective):
+        head.class_weights_from(embeddings, labels)
     for part in run.objective.modules():
-        if isinstance(part, Head):
-            part.class_weights_from(embeddings, labels)
-        elif isinstance(part, CenterLoss | ContrastiveCenterLoss):
+        if isinstance(part, CenterLoss | ContrastiveCenterLoss):
             part.centers_from(embeddings.to(device), labels)
 
 
@@ -65,9 +65,13 @@ def find_look_alikes(run: StageRun, model: nn.Module, weights: ClassWeights | No
 
 
 def class_weights(run: StageRun) -> ClassWeights | None:
-    """The class vectors of the stage's head, or of the first of its heads."""
-    heads = [part for part in run.objective.modules() if isinstance(part, Head)]
-    return ClassWeights(heads[0].weight.detach(), heads[0].vectors_per_class) if heads else None
+    """The class vectors of the stage's head, or of the first of its heads; all ranks must ask."""
+    found = heads_in(run.objective)
+    if not found:
+        return None
+    if isinstance(found[0], PartialFC):
+        return ClassWeights(found[0].class_vectors(), found[0].head.vectors_per_class)
+    return ClassWeights(found[0].weight.detach(), found[0].vectors_per_class)
 
 
 def train(
@@ -209,7 +213,15 @@ def _step(
     except ValueError as error:  # rows too long to be squared, for instance: finite, and beyond use
         raise _diverged(run, f"objective refuses its embeddings ({error})") from error
     alike = None if recipe.mining == "joined" else run.objective
-    if not apply_gradient(loss, embedded, run.optimizer, run.scaler, clip_norm=run.stage.clip_norm, average=alike):
+    if not apply_gradient(
+        loss,
+        embedded,
+        run.optimizer,
+        run.scaler,
+        clip_norm=run.stage.clip_norm,
+        average=alike,
+        sharded=run.sharded,
+    ):
         run.overflows += 1
     return loss.detach(), embeddings, labels
 
@@ -252,9 +264,9 @@ def _by_term(objective: SumObjective) -> str:
 
 
 def _check_weights(run: StageRun, model: nn.Module) -> None:
-    """The update after the last finite loss may itself have been infinite."""
+    """The update after the last finite loss may itself have been infinite, and in the classes of one rank alone."""
     values = [*model.state_dict().values(), *run.objective.parameters(), *run.objective.buffers()]
-    if not all(bool(torch.isfinite(value).all()) for value in values):
+    if ranks.any_of(not all(bool(torch.isfinite(value).all()) for value in values)):
         raise _diverged(run, "weights are not finite")
 
 

@@ -6,7 +6,7 @@ graph, into which that gradient is fed. So the objective sees the whole batch, a
 chunk. Source: Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (GradCache).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metricface.distances import full_precision
+from metricface.distributed import sum_over_ranks, world_size
 from metricface.models.layers import statistics_kept
 from metricface.training.ranks import average_gradients
 
@@ -75,10 +76,12 @@ def apply_gradient(
     *,
     clip_norm: float | None = None,
     average: nn.Module | None = None,
+    sharded: Sequence[nn.Parameter] = (),
 ) -> bool:
     """Backward pass and a step of the optimiser. Returns whether it was taken.
 
-    average: whose gradient differs by rank and is averaged over ranks.
+    average: whose gradient differs by rank and is averaged over ranks. sharded: of the optimiser's parameters those
+    that are other ones on each rank (classes of a PartialFC).
     scaler: multiplies the loss so that gradients in float16 do not vanish, and leaves a step out where they have
     overflowed; one that is not enabled does nothing. clip_norm: largest norm of all parameters' gradient together.
     """
@@ -92,16 +95,37 @@ def apply_gradient(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not scaler.is_enabled():
         if clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
+            _clip(parameters, clip_norm, sharded)
         optimizer.step()
         return True
     # Not scaler.step: fused optimisers on a CPU take no notice of an overflow.
     scaler.unscale_(optimizer)
-    taken = bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, torch.inf if clip_norm is None else clip_norm)))
+    taken = bool(torch.isfinite(_clip(parameters, torch.inf if clip_norm is None else clip_norm, sharded)))
     if taken:
         optimizer.step()
-    scaler.update()
+    # Where the overflow was in the classes of another rank, the scaler here has not seen it.
+    scaler.update(None if taken or not sharded else scaler.get_scale() * scaler.get_backoff_factor())
     return taken
+
+
+def _clip(parameters: Sequence[nn.Parameter], max_norm: float, sharded: Sequence[nn.Parameter]) -> Tensor:
+    """Scale the gradient down to this norm; returns the norm it had, of the parameters of all ranks together."""
+    if not sharded or world_size() == 1:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    own = set(sharded)
+    alike = _sq_norm([p for p in parameters if p not in own])
+    norm = (alike + sum_over_ranks(_sq_norm(sharded))).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+    return norm
+
+
+def _sq_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Of their gradient, in float32 or, where that is float64, in it; 0-dim."""
+    found = [full_precision(p.grad).square().sum() for p in parameters if p.grad is not None]
+    return torch.stack(found).sum() if found else torch.zeros(())
 
 
 @contextmanager

@@ -98,7 +98,8 @@ def parsed_sum(*argv: str) -> Stage:
 
 
 def test_terms_and_schedules_are_read_from_a_recipe_file() -> None:
-    triplet = Term("triplet", None, Component("TripletLoss", {"margin": 0.5}), Component("BatchHardMiner"), weight=0.1)
+    loss = Component("TripletLoss", {"margin": 0.5})
+    triplet = Term("triplet", loss=loss, miner=Component("BatchHardMiner"), weight=0.1)
     schedules = {"head.margin_cos": Schedule("ramp", [[0.0, 0.0], [0.5, 0.35]])}
     assert parsed_sum() == Stage(
         "a", Component("ImageBatchSampler"), head=Component("CosFace"), plus=[triplet], schedules=schedules

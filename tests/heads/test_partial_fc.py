@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metricface import heads
-from metricface.distributed import gather_plain, rank, world_size
+from metricface.distributed import gather, gather_plain, rank, world_size
 from metricface.heads.base import Head
-from metricface.heads.partial_fc import PartialFC, sample_classes
-from metricface.heads.reshard import reshard, reshard_optimizer, reshard_rows
+from metricface.heads.partial_fc import PartialFC, heads_in, sample_classes
+from metricface.heads.reshard import (
+    own_optimizer,
+    reshard,
+    reshard_optimizer,
+    reshard_rows,
+    sharded_names,
+    sharded_parameters,
+    whole_optimizer,
+    whole_state,
+)
 from metricface.heads.shards import PER_CLASS, shard_of
 from tests.heads.kinds import EVERY_KIND, KINDS, Kind, filled
 from tests.ranks import on_ranks
@@ -343,6 +352,67 @@ def go_on(name: str, first: int, states: list[dict[str, Any]]) -> dict[str, Any]
     return {"layer": layer.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict()}
 
 
+def go_on_from_one_file(path: Path, first: int) -> dict[str, Any]:
+    """Three steps from what the first of any number of ranks has written: what it would write again."""
+    found = {}
+    for name, state in torch.load(path, weights_only=True).items():
+        layer, head = trunk(), PartialFC(filled(KINDS[name].make(C, D)))
+        optimizer = optimizer_of(layer, head)
+        if state:
+            layer.load_state_dict(state["layer"])
+            head.load_state_dict(state["head"])
+            optimizer.load_state_dict(own_optimizer(state["optimizer"], optimizer, head))
+        steps_on(DistributedDataParallel(layer) if world_size() > 1 else layer, head, optimizer, first)
+        assert len(optimizer.state[head.head.weight]["momentum_buffer"]) == len(head.head.weight)
+        found[name] = {
+            "layer": layer.state_dict(),
+            "head": whole_state(head.state_dict()),
+            "optimizer": whole_optimizer(optimizer, head),
+        }
+    return found
+
+
+def test_a_file_of_the_first_rank_is_gone_on_from_by_any_number_of_ranks(tmp_path: Path) -> None:
+    names = ["softmax", "sub-center", "normface"]
+    states: dict[str, Any] = dict.fromkeys(names)
+    for i, ranks in enumerate((4, 2, 3)):
+        torch.save(states, tmp_path / "states")
+        states, other, *_ = on_ranks(ranks, go_on_from_one_file, tmp_path / "states", 3 * i)
+        for name in names:
+            assert len(states[name]["head"]["head.weight"]) == len(filled(KINDS[name].make(C, D)).weight)
+            assert len(other[name]["head"]["head.weight"]) == 0  # nothing is held twice
+    torch.save(states, tmp_path / "states")
+    states = go_on_from_one_file(tmp_path / "states", 9)
+    for name in names:
+        layer, alone = trunk(), filled(KINDS[name].make(C, D))
+        optimizer = optimizer_of(layer, alone)
+        for first in (0, 3, 6, 9):
+            steps_on(layer, alone, optimizer, first)
+        assert same(states[name]["layer"], layer.state_dict(), 1e-9)
+        inner = {key[5:]: value for key, value in states[name]["head"].items() if key.startswith("head.")}
+        assert same(inner, alone.state_dict(), 1e-9)
+        for number, state in optimizer.state_dict()["state"].items():
+            assert same(states[name]["optimizer"]["state"][number], state, 1e-9)
+
+
+def joined_beforehand() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a PartialFC says of this rank's rows, and of the joined ones."""
+    found = []
+    for before in (False, True):
+        head = PartialFC(filled(heads.CosFace(C, D)), sampling_rate=0.6)
+        x, labels = (torch.split(rows, COUNTS[world_size()])[rank()].clone() for rows in batch())
+        x.requires_grad_()
+        loss = head.of_joined(gather(x, averaged=True), gather_plain(labels)) if before else head(x, labels)
+        loss.backward()
+        found.append({"loss": loss.detach(), "x": x.grad, "weight": head.head.weight.grad, "step": head.step})
+    return found[0], found[1]
+
+
+def test_a_batch_may_be_joined_beforehand() -> None:
+    for one, other in on_ranks(2, joined_beforehand):
+        assert same(one, other, 1e-14)
+
+
 def go_on_from(path: Path, names: list[str], first: int) -> dict[str, Any]:
     before = torch.load(path, weights_only=False)
     return {name: go_on(name, first, before[name]) for name in names}
@@ -539,3 +609,11 @@ def test_a_rate_that_rounds_to_no_class_leaves_one() -> None:
     assert len(drawn(head, torch.empty(0, dtype=torch.long))) == 1
     loss = head(batch()[0][:1], torch.tensor([4]))  # its own class alone: nothing to be told apart from
     assert loss.item() == 0.0
+
+
+def test_what_is_sharded_and_what_is_a_head_is_found_by_looking() -> None:
+    partial, plain = PartialFC(heads.NormFace(10, D)), heads.Softmax(10, D)
+    both = nn.ModuleDict({"partial": partial, "plain": plain, "other": nn.Linear(2, 2)})
+    assert sharded_names(both) == ["partial.held", "partial.head.weight"]
+    assert sharded_parameters(both) == [partial.head.weight]  # the learned scale is everybody's
+    assert heads_in(both) == [partial, plain]

@@ -16,13 +16,16 @@ import yaml
 from torch import Tensor, nn
 
 from metricface.data.augment import Augmentation
-from metricface.distributed import gather, gather_plain, rank, world_size
+from metricface.distributed import gather, gather_plain, rank, sum_over_ranks, world_size
+from metricface.heads import Softmax
+from metricface.heads.partial_fc import PartialFC
+from metricface.heads.reshard import sharded_parameters
 from metricface.models import build
 from metricface.models.layers import freeze_statistics
 from metricface.training import assemble, ranks
 from metricface.training.loop import train
 from metricface.training.objective import SumObjective
-from metricface.training.recipe import Component, Model, Recipe, Stage, as_dict
+from metricface.training.recipe import Component, Model, Recipe, Schedule, Stage, Term, as_dict
 from metricface.training.update import apply_gradient, drawing_from, drawing_state, embed
 from tests.ranks import on_ranks
 from tests.training.conftest import tiny_recipe
@@ -177,6 +180,94 @@ def test_a_memory_holds_the_images_of_all_ranks(tmp_path: Path) -> None:
             torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
     with pytest.raises(ValueError, match="leave mining: per_rank out"):
         train_on_ranks(str(tmp_path / "per_rank"), with_memory() | {"mining": "per_rank"})
+
+
+def with_partial_fc(rate: float | None, head: str = "CosFace", **options: Any) -> dict[str, Any]:
+    """Everything that reaches for a head: a schedule, class means, clipping, a term beside it, fading into a stage."""
+    stages = tiny_recipe().stages
+    for stage in stages:
+        stage.batch_norm, stage.clip_norm = "frozen", 0.7
+    stages[0].head, stages[0].partial_fc, stages[0].class_means = Component(head, options), rate, True
+    stages[0].schedules = {"head.margin_cos": Schedule("ramp", [[0.0, 0.0], [0.5, 0.35]])} if head == "CosFace" else {}
+    stages[1].fade, stages[1].watch.on_regression = 0.6, "go_back"
+    stages[1].plus = [Term("second", head=Component("ArcFace"), partial_fc=rate, weight=0.1)]
+    return {"stages": stages}
+
+
+def last(history: list[dict[str, Any]]) -> list[Any]:
+    """Where a run came to: figures are those of a stage's end, whether or not its weights were kept."""
+    return [(moment["when"], pytest.approx(moment["validation"]["auc"], abs=1e-3)) for moment in history]
+
+
+def test_a_sharded_head_trains_as_the_whole_one_does(tmp_path: Path) -> None:
+    whole, history, _ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(None))
+    for weights, seen, _ in on_ranks(2, train_on_ranks, str(tmp_path / "sharded"), with_partial_fc(1.0)):
+        assert last(seen) == last(history)
+        for name, value in whole.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_sharded_head_joins_the_rows_of_all_ranks_where_mining_does_not(tmp_path: Path) -> None:
+    changes = with_partial_fc(1.0)
+    changes["stages"] = changes["stages"][:1]
+    whole, _, _ = train_on_ranks(str(tmp_path / "whole"), changes)
+    for weights, _, _ in on_ranks(2, train_on_ranks, str(tmp_path / "run"), changes | {"mining": "per_rank"}):
+        for name, value in whole.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_sharded_head_resumes_bit_by_bit_with_the_draws_it_would_have_had(tmp_path: Path, steps: int) -> None:
+    changes = with_partial_fc(0.5)
+    whole = on_ranks(2, train_on_ranks, str(tmp_path / "whole"), changes)
+    on_ranks(2, train_on_ranks, str(tmp_path / "run"), changes, steps)
+    resumed = on_ranks(2, train_on_ranks, str(tmp_path / "run"), changes, None, True)
+    for name, value in whole[0][0].items():
+        assert torch.equal(resumed[0][0][name], value), name
+        assert torch.equal(resumed[1][0][name], value), name
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_sharded_head_goes_on_on_other_numbers_of_ranks(tmp_path: Path, steps: int) -> None:
+    changes = with_partial_fc(1.0, "NormFace")  # it has a scale that it learns
+    whole, history, _ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(None, "NormFace"))
+    on_ranks(4, train_on_ranks, str(tmp_path / "run"), changes, steps - 2)
+    on_ranks(2, train_on_ranks, str(tmp_path / "run"), changes, 2, True)
+    resumed, seen, _ = train_on_ranks(str(tmp_path / "run"), changes, None, True)
+    assert last(seen) == last(history)
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_sharded_head_samples_in_one_process_too(tmp_path: Path) -> None:
+    whole, _, _ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(0.3))
+    train_on_ranks(str(tmp_path / "run"), with_partial_fc(0.3), 4)
+    resumed, _, _ = train_on_ranks(str(tmp_path / "run"), with_partial_fc(0.3), None, True)
+    plain, _, _ = train_on_ranks(str(tmp_path / "plain"), with_partial_fc(None))
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+    assert not all(torch.equal(whole[name], value) for name, value in plain.items())
+
+
+def overflow_on_the_second_rank() -> tuple[bool, float, bool, float, float]:
+    """Of a step whose gradient overflows in one rank's classes, and of one that does not."""
+    head = PartialFC(Softmax(6, 2))
+    optimizer, scaler = torch.optim.SGD(head.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    start = torch.ones(2, 2, requires_grad=True)
+    found: list[Any] = []
+    for factor in (torch.inf if rank() else 1.0, 1.0):
+        embedded = embed(nn.Identity(), start, partial(assemble.autocast, torch.float32, CPU))
+        loss = head(embedded.embeddings, torch.tensor([0, 5])) + factor * head.head.weight.sum()
+        found.append(apply_gradient(loss, embedded, optimizer, scaler, clip_norm=0.5, sharded=sharded_parameters(head)))
+        found.append(scaler.get_scale())
+    grads = [p.grad.square().sum() for p in head.parameters() if p.grad is not None]
+    found.append(float(sum_over_ranks(torch.stack(grads).sum()).sqrt()))
+    return tuple(found)
+
+
+def test_an_overflow_in_the_classes_of_one_rank_is_one_on_all_and_clipping_sees_all_classes() -> None:
+    for found in on_ranks(2, overflow_on_the_second_rank):
+        assert found[:4] == (False, 2.0, True, 2.0)
+        assert found[4] == pytest.approx(0.5, rel=1e-4)
 
 
 def test_per_rank_mining_trains_alike_on_all_ranks_and_says_what_it_costs(tmp_path: Path) -> None:
