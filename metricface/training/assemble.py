@@ -212,8 +212,8 @@ def model(recipe: Recipe, on: torch.device, begun: Embedder | None = None) -> nn
 
 def compiled(trunk: nn.Module, shape: tuple[int, int, int], on: torch.device) -> nn.Module:
     """The trunk through torch.compile; it shares the weights. Raises ValueError where that does not work here."""
-    made: nn.Module = torch.compile(trunk)  # type: ignore[assignment]
     try:
+        made: nn.Module = torch.compile(trunk)  # type: ignore[assignment]
         with evaluating(trunk), torch.no_grad():
             made(torch.zeros(2, *shape, device=on).contiguous(memory_format=torch.channels_last))
     except Exception as error:

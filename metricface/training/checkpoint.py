@@ -29,6 +29,7 @@ def save(state: dict[str, Any], run: Path, *, kept: int = KEPT) -> Path:
     before = _by_age(run)
     number = 1 + (_number(before[0]) if before else 0)
     part = folder / f".{number:06d}.part"
+    hashed: _Hashed | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -43,8 +44,10 @@ def save(state: dict[str, Any], run: Path, *, kept: int = KEPT) -> Path:
             part.unlink(missing_ok=True)
         _sync(folder)
     except (OSError, RuntimeError) as error:
+        why = error if hashed is None or hashed.fault is None else hashed.fault
         raise OSError(
-            f"Could not write a checkpoint to {folder}: {error}. Those before it, if any, are intact."
+            f"Could not write a checkpoint to {folder}: {why}. Those before it, if any, are intact; make room, and go "
+            "on with --resume."
         ) from error
     for old in [*before[kept - 1 :], *folder.glob(".*.part")]:
         old.unlink(missing_ok=True)
@@ -80,14 +83,23 @@ def newest(run: Path) -> Path | None:
 
 
 class _Hashed:
-    """A file that is written from its beginning to its end, and hashed on the way."""
+    """A file that is written from its beginning to its end, and hashed on the way.
+
+    fault: of the write that failed; torch.save tells of one in words of its own.
+    """
+
+    fault: OSError | None = None
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sum = file, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         self._sum.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.fault = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

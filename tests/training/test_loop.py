@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import metricface
 from metricface.data.images import UnreadableImageError
@@ -104,6 +105,29 @@ def test_a_memory_goes_on_after_a_resume_with_what_it_held(recipe: Recipe, tmp_p
     recipe.stages[1].memory = None
     without = train(recipe, tmp_path / "without", say=quiet)
     assert not torch.equal(weights(whole)["project.linear.weight"], weights(without)["project.linear.weight"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@pytest.mark.parametrize("steps", [3, 6, 9])
+def test_a_full_disk_ends_a_run_with_the_reason_and_its_last_checkpoint_goes_on(
+    recipe: Recipe, tmp_path: Path, steps: int
+) -> None:
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    recipe.checkpoint_every = 1e-6
+    asked = iter(range(10**6))
+
+    def filling() -> bool:
+        """No request to stop; the checkpoints from here on are written to a full disk."""
+        if next(asked) == steps:
+            for number in range(2, 40):
+                (tmp_path / "run" / "checkpoints" / f".{number:06d}.part").symlink_to("/dev/full")
+        return False
+
+    with pytest.raises(OSError, match=r"No space left on device.*are intact; make room, and go on with --resume"):
+        train(recipe, tmp_path / "run", stopped=filling, say=quiet)
+    for left in (tmp_path / "run" / "checkpoints").glob(".*"):
+        left.unlink()  # room is made
+    assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
 
 
 def test_a_run_does_not_go_on_with_other_images(recipe: Recipe, tmp_path: Path) -> None:
@@ -526,6 +550,53 @@ def test_chunks_recomputation_and_precisions_train_and_resume(recipe: Recipe, tm
     train(recipe, tmp_path / "run", stopped=after(8), say=quiet)
     assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
     assert ("overflows" in whole.stage_reports[0]) is (precision == "float16")
+
+
+def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[nn.Module]:
+    """Which networks torch.compile gets; it captures their graphs, and with "eager" runs them."""
+    real, seen = torch.compile, []
+
+    def compile_(module: nn.Module) -> Any:
+        seen.append(module)
+        return real(module, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return seen
+
+
+def test_a_compiled_network_trains_as_it_would_and_resumes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.precision = "float32"
+    plain = train(recipe, tmp_path / "plain", say=quiet)
+    recipe.compile = True
+    seen = compiled_by(monkeypatch, "eager")
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    assert seen == [whole.model, whole.model]
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(whole)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    train(recipe, tmp_path / "run", stopped=after(8), say=quiet)
+    assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
+    assert metricface.load(tmp_path / "run" / "model").model.state_dict().keys() == weights(plain).keys()
+
+
+def test_a_compiler_that_does_not_work_here_is_an_error_before_the_first_step(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.compile = True
+    compiled_by(monkeypatch, "no such backend")
+    with pytest.raises(ValueError, match=r"torch.compile does not work here .* Leave compile out"):
+        train(recipe, tmp_path / "run", say=quiet)
+
+
+@pytest.mark.slow
+def test_a_network_is_compiled_for_this_machine(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.precision, recipe.compile = "float32", True
+    made = train(recipe, tmp_path / "compiled", say=quiet)
+    recipe.compile = False
+    plain = train(recipe, tmp_path / "plain", say=quiet)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(made)[name], value, rtol=1e-2, atol=1e-4, msg=name)
 
 
 def test_a_collapse_is_named_in_the_notes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
