@@ -125,5 +125,7 @@ def _named(report: VerificationReport, prefix: str) -> Figures:
         "genuine_pairs": report.genuine,
         "impostor_pairs": report.impostors,
     }
-    figures |= {f"tar_at_far_{point.far:.0e}".replace("e-0", "e-"): point.tar for point in report.tar_at_far}
+    for point in report.tar_at_far:
+        far = f"{point.far:.0e}".replace("e-0", "e-")
+        figures |= {f"tar_at_far_{far}": point.tar, f"threshold_at_far_{far}": point.threshold}
     return {f"{prefix}{name}": value for name, value in figures.items()}

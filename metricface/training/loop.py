@@ -264,7 +264,12 @@ def _finish(run: Run) -> None:
     description = {
         "recipe": report["recipe"],
         "people": run.people.digest(),
-        "threshold": kept.validation["threshold"],
+        # Of cosines, chosen on validation people: the most accurate, and those for a share of false accepts.
+        "thresholds": {
+            name.removeprefix("threshold_at_") if name != "threshold" else "accuracy": value
+            for name, value in kept.validation.items()
+            if name.startswith("threshold") and value is not None
+        },
         "figures": kept.test,
     }
     Embedder(run.model, run.people.training.preprocessing, description).save(run.folder / EXPORT)

@@ -56,7 +56,10 @@ def test_a_folder_of_people_is_split_for_the_user() -> None:
         metricface.load("out")
     embedder = metricface.load("out/model")
     assert np.linalg.norm(embedder.embed("faces/Person_00/Person_00_0001.png")) == pytest.approx(1.0)
-    assert -1.0 <= embedder.description["threshold"] <= 1.0
+    thresholds = embedder.description["thresholds"]
+    assert {"accuracy", "far_1e-1"} <= thresholds.keys()
+    assert all(-1.0 <= value <= 1.0 for value in thresholds.values())
+    assert "far_1e-3" not in thresholds  # of so few pairs it cannot be told
 
 
 def test_a_second_folder_and_a_list_of_pairs_are_scored() -> None:

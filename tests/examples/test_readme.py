@@ -38,7 +38,7 @@ def test_two_images_are_compared_by_the_exported_embedder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     network = build("small", embedding_dim=8, channels=3, height=32, width=32)
-    Embedder(network, Preprocessing(32, 32), {"threshold": 0.4}).save("runs/demo/model")
+    Embedder(network, Preprocessing(32, 32), {"thresholds": {"accuracy": 0.4}}).save("runs/demo/model")
     for name in ("one.jpg", "other.jpg"):
         cv2.imwrite(name, np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     exec(snippets()[1], {})

@@ -132,12 +132,13 @@ def train_on_ranks(folder: str, changes: dict[str, Any], steps: int | None = Non
         setattr(recipe, name, value)
     asked = iter(range(10**6))
     stopped = (lambda: False) if steps is None else (lambda: next(asked) >= steps)
-    run = train(recipe, Path(folder), resume=resume, stopped=stopped, say=lambda _: None)
-    return run.model.state_dict(), [vars(moment) for moment in run.history], run.interrupted
+    said: list[str] = []
+    run = train(recipe, Path(folder), resume=resume, stopped=stopped, say=said.append)
+    return run.model.state_dict(), [vars(moment) for moment in run.history], run.interrupted, said
 
 
 def test_a_run_on_two_ranks_is_that_of_one(tmp_path: Path) -> None:
-    alone, history, _ = train_on_ranks(str(tmp_path / "alone"), {})
+    alone, history, *_ = train_on_ranks(str(tmp_path / "alone"), {})
     first, second = on_ranks(2, train_on_ranks, str(tmp_path / "two"), {})
     for name, value in alone.items():
         torch.testing.assert_close(first[0][name], value, rtol=1e-3, atol=1e-5, msg=name)
@@ -158,9 +159,9 @@ def test_a_run_on_ranks_is_interrupted_on_all_and_resumes_bit_by_bit_on_as_many(
 
 
 def test_a_run_goes_on_on_another_number_of_ranks_with_the_same_plan(tmp_path: Path) -> None:
-    whole, _, _ = train_on_ranks(str(tmp_path / "whole"), {})
+    whole, *_ = train_on_ranks(str(tmp_path / "whole"), {})
     on_ranks(2, train_on_ranks, str(tmp_path / "run"), {}, 8)
-    resumed, _, _ = train_on_ranks(str(tmp_path / "run"), {}, None, True)
+    resumed, *_ = train_on_ranks(str(tmp_path / "run"), {}, None, True)
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -174,8 +175,8 @@ def with_memory() -> dict[str, Any]:
 
 
 def test_a_memory_holds_the_images_of_all_ranks(tmp_path: Path) -> None:
-    alone, _, _ = train_on_ranks(str(tmp_path / "alone"), with_memory())
-    for weights, _, _ in on_ranks(2, train_on_ranks, str(tmp_path / "two"), with_memory()):
+    alone, *_ = train_on_ranks(str(tmp_path / "alone"), with_memory())
+    for weights, *_ in on_ranks(2, train_on_ranks, str(tmp_path / "two"), with_memory()):
         for name, value in alone.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
     with pytest.raises(ValueError, match="leave mining: per_rank out"):
@@ -200,8 +201,8 @@ def last(history: list[dict[str, Any]]) -> list[Any]:
 
 
 def test_a_sharded_head_trains_as_the_whole_one_does(tmp_path: Path) -> None:
-    whole, history, _ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(None))
-    for weights, seen, _ in on_ranks(2, train_on_ranks, str(tmp_path / "sharded"), with_partial_fc(1.0)):
+    whole, history, *_ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(None))
+    for weights, seen, *_ in on_ranks(2, train_on_ranks, str(tmp_path / "sharded"), with_partial_fc(1.0)):
         assert last(seen) == last(history)
         for name, value in whole.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
@@ -210,8 +211,8 @@ def test_a_sharded_head_trains_as_the_whole_one_does(tmp_path: Path) -> None:
 def test_a_sharded_head_joins_the_rows_of_all_ranks_where_mining_does_not(tmp_path: Path) -> None:
     changes = with_partial_fc(1.0)
     changes["stages"] = changes["stages"][:1]
-    whole, _, _ = train_on_ranks(str(tmp_path / "whole"), changes)
-    for weights, _, _ in on_ranks(2, train_on_ranks, str(tmp_path / "run"), changes | {"mining": "per_rank"}):
+    whole, *_ = train_on_ranks(str(tmp_path / "whole"), changes)
+    for weights, *_ in on_ranks(2, train_on_ranks, str(tmp_path / "run"), changes | {"mining": "per_rank"}):
         for name, value in whole.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -230,20 +231,20 @@ def test_a_sharded_head_resumes_bit_by_bit_with_the_draws_it_would_have_had(tmp_
 @pytest.mark.parametrize("steps", [4, 8])
 def test_a_sharded_head_goes_on_on_other_numbers_of_ranks(tmp_path: Path, steps: int) -> None:
     changes = with_partial_fc(1.0, "NormFace")  # it has a scale that it learns
-    whole, history, _ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(None, "NormFace"))
+    whole, history, *_ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(None, "NormFace"))
     on_ranks(4, train_on_ranks, str(tmp_path / "run"), changes, steps - 2)
     on_ranks(2, train_on_ranks, str(tmp_path / "run"), changes, 2, True)
-    resumed, seen, _ = train_on_ranks(str(tmp_path / "run"), changes, None, True)
+    resumed, seen, *_ = train_on_ranks(str(tmp_path / "run"), changes, None, True)
     assert last(seen) == last(history)
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_a_sharded_head_samples_in_one_process_too(tmp_path: Path) -> None:
-    whole, _, _ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(0.3))
+    whole, *_ = train_on_ranks(str(tmp_path / "whole"), with_partial_fc(0.3))
     train_on_ranks(str(tmp_path / "run"), with_partial_fc(0.3), 4)
-    resumed, _, _ = train_on_ranks(str(tmp_path / "run"), with_partial_fc(0.3), None, True)
-    plain, _, _ = train_on_ranks(str(tmp_path / "plain"), with_partial_fc(None))
+    resumed, *_ = train_on_ranks(str(tmp_path / "run"), with_partial_fc(0.3), None, True)
+    plain, *_ = train_on_ranks(str(tmp_path / "plain"), with_partial_fc(None))
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
     assert not all(torch.equal(whole[name], value) for name, value in plain.items())
 
@@ -275,6 +276,7 @@ def test_per_rank_mining_trains_alike_on_all_ranks_and_says_what_it_costs(tmp_pa
     for name, value in first[0].items():
         if "running" not in name and "tracked" not in name:
             assert torch.equal(value, second[0][name]), name
+    assert any("an anchor meets 1/2 of a batch's negatives" in line for line in first[3])
 
 
 def torchrun(*arguments: str) -> list[str]:
