@@ -29,12 +29,30 @@ COSFACE = {"name": "CosFace", "options": {"margin_cos": 0.35, "scale": 30.0}}
 FIGURES = ("recall_at_1", "map_at_r", "tar_at_far_1e-2", "tar_at_far_1e-3", "accuracy")
 
 
-def only(head: dict[str, Any]) -> Callable[[Recipe], None]:
-    """The first stage with this head, for the whole budget."""
+HELD = 0.6  # the share of the budget over which the learning rate is held before it falls, where it is held at all
+
+
+def only(head: dict[str, Any], *, held: float = 0.0) -> Callable[[Recipe], None]:
+    """The first stage with this head, for the whole budget; its learning rate falls from the share `held` on."""
 
     def change(recipe: Recipe) -> None:
         recipe["stages"] = recipe["stages"][:1]
         recipe["stages"][0]["head"] = head
+        recipe["stages"][0]["schedule"] = {"shape": "cosine", "start": held}
+
+    return change
+
+
+def joined_as_it_falls(head: dict[str, Any] = COSFACE, *, weight: float = 1.0) -> Callable[[Recipe], None]:
+    """The first stage at a held learning rate; as it falls, the head and mined triplets together."""
+
+    def change(recipe: Recipe) -> None:
+        first, *_, last = recipe["stages"]
+        first |= {"head": head, "share": HELD, "schedule": {"shape": "constant"}}
+        mined = {"name": "mined", "loss": last.pop("loss"), "miner": last.pop("miner"), "weight": weight}
+        last |= {"head": head, "class_means": True, "plus": [mined], "share": 1.0 - HELD, "warmup": 0.02}
+        last |= {name: first[name] for name in ("learning_rate", "optimizer")}
+        last["sampler"]["options"]["identities_per_batch"] = 32
 
     return change
 
@@ -92,6 +110,8 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "recipe": lambda recipe: None,
     "softmax": only(SOFTMAX),
     "cosface": only(COSFACE),
+    "cosface_held": only(COSFACE, held=HELD),
+    "cosface_joined": joined_as_it_falls(),
     "semi_hard": then("SemiHardMiner"),
     "batch_hard": then("BatchHardMiner"),
     "distance_weighted": then("DistanceWeightedMiner"),

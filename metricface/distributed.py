@@ -42,7 +42,7 @@ def gather(rows: Tensor, *, averaged: bool) -> Tensor:
     the gradients of what made the rows are averaged over ranks afterwards, as DistributedDataParallel does: the slice
     is then multiplied by the number of ranks. Returns (sum of B_r, ...). It can be differentiated once. Where the rows
     of any rank need a gradient the joined rows do on all of them, or their backward passes would differ.
-    Raises ValueError, on every rank, where the rows of two ranks differ in size or type, and for integers.
+    Raises ValueError, on every rank, where the rows of two ranks differ in size or type; for integers, where they are.
     """
     if not rows.is_floating_point():
         raise ValueError(f"gather takes floating rows, which have a gradient; found {rows.dtype}. Use gather_plain.")

@@ -53,6 +53,14 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
         """Yield batches `first`, `first + 1`, ... of an epoch, this rank's share; a function of these and the plan."""
 
+    def places(self) -> NDArray[np.int64] | None:
+        """Where this rank's images stand in a batch of one process, which has them all in another order.
+
+        (images of this rank,) places, the same in every batch; None where the parts of all ranks, one after the other
+        in rank order, are that batch.
+        """
+        return None
+
     def __len__(self) -> int:
         """Batches of a whole epoch, whatever the position."""
         return self._num_batches
@@ -143,9 +151,8 @@ class EpochBatchSampler(Sampler[list[int]], ABC):
             yield range(start, min(start + at_once, len(self)))
 
     def _part(self, number: int) -> NDArray[np.int64]:
-        """Which of `number` things that all ranks have in a batch are this rank's: (number / world_size,)."""
-        mine = number // self.world_size
-        return self.rank * mine + np.arange(mine)
+        """Which of `number` things that all ranks have in a batch are this rank's: number / world_size, or one more."""
+        return np.arange(number * self.rank // self.world_size, number * (self.rank + 1) // self.world_size)
 
     def _begin(self) -> Pass:
         consumed = Consumed(self._passes.counts())

@@ -32,7 +32,8 @@ class IdentityBalancedBatchSampler(IdentityBatchSampler):
     min_images: identities with fewer images have no visits. `left_out_identities` and `left_out_images` say how many
         this or "skip" leaves out, and a warning is logged. Only rank 0 logs.
     singletons_per_batch: N. Above 0 identities with a single image have no visits; N of them, distinct, end every
-        batch as negatives, and all of them get their turn over the epochs, K and min_images do not matter to them.
+        batch as negatives, and all of them get their turn over the epochs, K and min_images do not matter to them. The
+        ranks' shares of N differ by one at most.
     identity_weights: "uniform" is one visit an epoch for each; "count" is ceil(n / K) visits, so that an epoch shows
         each image at least once (not with `groups`: crossing them comes first), and "sqrt" ceil(sqrt(n / K)). Nobody
         is twice in a batch, so nobody has more visits than an epoch has batches: how far this keeps the long tail from
@@ -44,7 +45,7 @@ class IdentityBalancedBatchSampler(IdentityBatchSampler):
     usable_identities: attribute, the identities that have visits.
 
     Raises ValueError for labels that are empty, not 1-D or neither whole numbers nor strings, P, K or min_images < 1,
-    N < 0, a rank out of range, P or N not divisible by world_size, fewer usable identities than P, fewer singletons
+    N < 0, a rank out of range, P not divisible by world_size, fewer usable identities than P, fewer singletons
     than N, an unknown small_identities or identity_weights, or another number of groups than labels; TypeError where a
     number is not whole.
     """

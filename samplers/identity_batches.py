@@ -71,7 +71,7 @@ class IdentityBatchSampler(EpochBatchSampler):
             **plan,
         }
         super().__init__(self._length(), described, rank=rank, world_size=world_size)
-        self._check_shares()
+        check_share("identities_per_batch", self.identities_per_batch, self.world_size)
         if self.rank == 0:
             self._warn()
 
@@ -127,13 +127,14 @@ class IdentityBatchSampler(EpochBatchSampler):
             f'(small_identities="{self.small_identities}"); these labels have {found}. {text}.'
         )
 
-    def _check_shares(self) -> None:
-        shared = {
-            "identities_per_batch": self.identities_per_batch,
-            "singletons_per_batch": self.singletons_per_batch,
-        }
-        for name, number in shared.items():
-            check_share(name, number, self.world_size)
+    def places(self) -> NDArray[np.int64] | None:
+        """Identities first, then singletons, where ranks have both: see EpochBatchSampler."""
+        if not self.singletons_per_batch:
+            return None
+        first = self._part(self.identities_per_batch)[:, None] * self.images_per_identity
+        identities = (first + np.arange(self.images_per_identity)).ravel()
+        singles = self.identities_per_batch * self.images_per_identity + self._part(self.singletons_per_batch)
+        return np.concatenate((identities, singles))
 
     def _warn(self) -> None:
         name, total = type(self).__name__, self.table.num_identities
@@ -184,7 +185,7 @@ class IdentityBatchSampler(EpochBatchSampler):
             yield from (row.tolist() for row in rows)
 
     def _negatives(self, epoch: int, batches: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
-        """(batches, N / world_size) image indices of singletons: one rotation of all of them, a turn each batch."""
+        """(batches, singletons of this rank) image indices: one rotation of all of them, a turn each batch."""
         if not self.singletons_per_batch:
             return np.empty((len(batches), 0), dtype=self.table.images.dtype)
         number, part = self.singletons_per_batch, self._part(self.singletons_per_batch)

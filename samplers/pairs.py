@@ -92,9 +92,17 @@ class PairBatchSampler(EpochBatchSampler):
     @property
     def indices_tuple(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(a1, p, a2, n): where in this rank's batches its positive pairs are, and its negative ones; int64."""
-        pairs = torch.arange(2 * self.pairs_per_batch // self.world_size).view(-1, 2)
-        positive, negative = pairs[: (mine := self.positive_pairs // self.world_size)], pairs[mine:]
-        return positive[:, 0], positive[:, 1], negative[:, 0], negative[:, 1]
+        return _pairs(self.positive_pairs // self.world_size, self.negative_pairs // self.world_size)
+
+    @property
+    def joined_indices_tuple(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of a batch of one process: see `places`."""
+        return _pairs(self.positive_pairs, self.negative_pairs)
+
+    def places(self) -> NDArray[np.int64] | None:
+        """Positive pairs first, then negative ones, where ranks have both: see EpochBatchSampler."""
+        pairs = np.concatenate((self._part(self.positive_pairs), self.positive_pairs + self._part(self.negative_pairs)))
+        return (2 * pairs[:, None] + np.arange(2)).ravel()
 
     def _check_enough(self, firsts: int) -> None:
         if self.positive_pairs > firsts:
@@ -175,3 +183,8 @@ class PairBatchSampler(EpochBatchSampler):
         partner += (partner >= self.table.offsets[identity]) * count
         pairs: Integers = self._images[np.stack((first, partner), axis=2)]
         return pairs
+
+
+def _pairs(positive: int, negative: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    pairs = torch.arange(2 * (positive + negative)).view(-1, 2)
+    return pairs[:positive, 0], pairs[:positive, 1], pairs[positive:, 0], pairs[positive:, 1]

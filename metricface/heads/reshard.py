@@ -5,6 +5,7 @@ file, for a checkpoint: all ranks call `whole_state` and `whole_optimizer`, and 
 number of ranks then reads that, each PartialFC taking its own classes from it.
 """
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def reshard_optimizer(
     to others, and counts of steps, are rank 0's. Returns a state for each new rank.
     Raises ValueError as `reshard_rows` does.
     """
-    found = [{**states[0], "state": dict(states[0]["state"])} for _ in range(world_size)]
+    found = [copy.deepcopy({**states[0], "state": dict(states[0]["state"])}) for _ in range(world_size)]
     for number in sharded:
         for name, value in states[0]["state"].get(number, {}).items():
             if isinstance(value, Tensor) and value.ndim:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,14 @@ class Alarms:
         self._in_a_row: dict[str, int] = {}
         self._spread: float | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen, for a checkpoint."""
+        return {"in_a_row": dict(self._in_a_row), "spread": self._spread}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._in_a_row, self._spread = dict(state["in_a_row"]), state["spread"]
+
     def see(self, scalars: Mapping[str, float]) -> list[str]:
         """What to warn of at this logged step. scalars: as on TensorBoard, without the stage's name; with `loss`."""
         found: dict[str, tuple[bool, str]] = {}
@@ -53,6 +62,9 @@ class Alarms:
         equal = abs(mining["d_an_mean"] - mining["d_ap_mean"]) <= CLOSE * mining["d_an_mean"]
         starved = mining["active_share"] < STARVED or mining["triplets"] == 0
         what = f"Stage {self._name!r}, {part}"
+        found = f"active share {mining['active_share']:.1%} of {mining['triplets']:,.0f} triplets"
+        if mining["triplets"] == 0:
+            found = "no triplets"
         return {
             f"{part} stuck": (
                 near and equal,
@@ -61,9 +73,9 @@ class Alarms:
             ),
             f"{part} starved": (
                 starved,
-                f"{what}: mining finds nothing to learn from (active share {mining['active_share']:.1%} of "
-                f"{mining['triplets']:,.0f} triplets). Use a harder miner (BatchHardMiner, DistanceWeightedMiner), "
-                "batches of more identities or of look-alikes (LookAlikeBatchSampler), or a larger margin.",
+                f"{what}: mining finds nothing to learn from ({found}). Use a harder miner (BatchHardMiner, "
+                "DistanceWeightedMiner), batches of more identities or of look-alikes (LookAlikeBatchSampler), or a "
+                "larger margin.",
             ),
         }
 

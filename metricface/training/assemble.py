@@ -243,8 +243,7 @@ def _given_pairs(recipe: Recipe, batches: Sampler | None) -> GivenPairs | None:
     """Where the pairs of a PairBatchSampler are in the batches that an objective sees, of all ranks or of this one."""
     if not isinstance(batches, PairBatchSampler):
         return None
-    images = 2 * batches.pairs_per_batch // batches.world_size
-    return GivenPairs(batches.indices_tuple, images, batches.world_size if recipe.mining == "joined" else 1)
+    return GivenPairs(batches.joined_indices_tuple if recipe.mining == "joined" else batches.indices_tuple)
 
 
 def faded(recipe: Recipe, index: int) -> Stage | None:
@@ -328,9 +327,11 @@ def optimizer(stage: Stage, trunk: nn.Module, goal: nn.Module) -> Optimizer:
         groups += [{"params": vectors, "peak": peak, "weight_decay": 0.0}] if vectors else []
     if not groups:
         raise ValueError("nothing learns: the network is frozen (learns), and the loss has no parameters of its own.")
-    made: Optimizer = build(
-        "optimizer", stage.optimizer or DEFAULT_OPTIMIZER, OPTIMIZERS, groups, lr=stage.learning_rate
-    )
+    asked = stage.optimizer or DEFAULT_OPTIMIZER
+    try:
+        made: Optimizer = build("optimizer", asked, OPTIMIZERS, groups, lr=stage.learning_rate)
+    except (RuntimeError, IndexError, AssertionError) as error:  # what torch raises for options that do not go together
+        raise ValueError(f"The optimizer {asked.name} refuses its options {asked.options}: {error}.") from error
     return made
 
 

@@ -42,8 +42,7 @@ def sampler(stage: Stage, images: ImageSet, seed: int, *, rank: int = 0, world_s
     known: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
     if name != PairBatchSampler.__name__:
         singles = int((images.counts() == 1).sum())
-        most = min(singles, options.get("identities_per_batch", 0))
-        options.setdefault("singletons_per_batch", most - most % world_size)
+        options.setdefault("singletons_per_batch", min(singles, options.get("identities_per_batch", 0)))
     if name == LookAlikeBatchSampler.__name__:
         known["neighbours"] = np.full((len(images.identities), 1), -1)
     made: Sampler = build("sampler", Component(name, options), SAMPLERS, images.labels, **known)
@@ -67,7 +66,7 @@ def look_alikes(
         faiss_module()
     except ImportError as error:
         raise ValueError(f"LookAlikeBatchSampler: {error}") from error
-    return LookAlikeTables(asked, batches, images, on)
+    return LookAlikeTables(asked, batches, images, on, ahead)
 
 
 def describe(batches: Sampler) -> str:

@@ -13,17 +13,21 @@ from typing import Any, BinaryIO
 
 import torch
 
-VERSION = 5
+VERSION = 6
 KEPT = 2
 FOLDER = "checkpoints"
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})\.pt")
+
+
+class NotWrittenError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def save(state: dict[str, Any], run: Path, *, kept: int = KEPT) -> Path:
     """Write `state` (tensors and plain values only) as the newest checkpoint of the run in that folder; return it.
 
     Older ones than the newest `kept` are deleted afterwards. A crash, a full disk or a kill at any moment leaves those
-    that are there as they are. Raises OSError, naming the file, where it cannot be written.
+    that are there as they are. Raises NotWrittenError, naming the folder and the reason, where it cannot be written.
     """
     folder = run / FOLDER
     before = _by_age(run)
@@ -45,7 +49,7 @@ def save(state: dict[str, Any], run: Path, *, kept: int = KEPT) -> Path:
         _sync(folder)
     except (OSError, RuntimeError) as error:
         why = error if hashed is None or hashed.fault is None else hashed.fault
-        raise OSError(
+        raise NotWrittenError(
             f"Could not write a checkpoint to {folder}: {why}. Those before it, if any, are intact; make room, and go "
             "on with --resume."
         ) from error
@@ -54,18 +58,18 @@ def save(state: dict[str, Any], run: Path, *, kept: int = KEPT) -> Path:
     return made
 
 
-def load(run: Path, device: torch.device, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Read the newest checkpoint of a run that is whole, tensors on `device`; nothing in the file is executed.
+def load(run: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Read the newest checkpoint of a run that is whole, tensors on the CPU; nothing in the file is executed.
 
-    Where a newer one is damaged, `say` tells so. Raises FileNotFoundError where there is none, ValueError where all are
-    damaged or the newest whole one is of another version.
+    Where a newer one is damaged, `say` tells so. Raises FileNotFoundError where there is none, another OSError where it
+    cannot be read, ValueError where all are damaged or the newest whole one is of another version.
     """
     found = _by_age(run)
     if not found:
         raise FileNotFoundError(f"There is no checkpoint in {run / FOLDER}; was the run stopped before its first one?")
     damaged = []
     for file in found:
-        state = _read(file, device)
+        state = _read(file)
         if state is None:
             damaged.append(file.name)
             continue
@@ -108,18 +112,20 @@ class _Hashed:
         return self._sum.hexdigest()[:16]
 
 
-def _read(file: Path, device: torch.device) -> dict[str, Any] | None:
+def _read(file: Path) -> dict[str, Any] | None:
     """What is in a checkpoint; None where it is damaged."""
     match = _NAME.fullmatch(file.name)
     assert match is not None
-    try:
-        with file.open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest()[:16] != match[2]:
-                return None
-            opened.seek(0)
-            state = torch.load(opened, map_location=device, weights_only=True)
-    except Exception:  # torch raises what it likes for a file that is none of its own
-        return None
+    with file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest()[:16] != match[2]:
+            return None
+        opened.seek(0)
+        try:
+            state = torch.load(opened, map_location="cpu", weights_only=True)
+        except (OSError, MemoryError):
+            raise
+        except Exception:  # torch raises what it likes for a file that is none of its own
+            return None
     return state if isinstance(state, dict) else None
 
 

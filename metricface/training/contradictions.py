@@ -55,6 +55,8 @@ def _check_stage(stage: Stage, *, timed: bool) -> None:
         value = getattr(stage, name)
         if value is not None and not value > 0:
             raise ValueError(f"{where}: {name}={value} must be above 0.")
+    if stage.chunk == 1 and stage.batch_norm == "train":
+        raise ValueError(f"{where}: batch norms in training need more than one image at once; raise chunk above 1.")
     _check_watch(where, stage.watch)
     if not 0.0 < stage.layer_decay <= 1.0:
         raise ValueError(f"{where}: layer_decay={stage.layer_decay} must be above 0 and at most 1.")

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metricface.data.images import ImageSet, UnreadableImageError
+from metricface.distributed import world_size
 from metricface.miners.dataset.identities import (
     IdentityNeighbours,
     centroids,
     neighbours_from_centroids,
     neighbours_from_images,
 )
+from metricface.training import ranks
 from metricface.training.held_out import embed
 from metricface.training.recipe import LookAlikes
 from samplers import LookAlikeBatchSampler
@@ -46,10 +48,30 @@ class ClassWeights(NamedTuple):
     vectors: int
 
 
+def _shared(table: "Future[Table]") -> "Future[Table]":
+    """Waits for the first rank's table and puts it, or its fault, into every rank's future; all ranks must call it."""
+    if world_size() == 1:
+        return table
+    fault = table.exception() if ranks.speaks() else None
+    told = (str(fault), fault.diverged) if isinstance(fault, NoTableError) else None
+    rows, told = ranks.from_first((table.result() if ranks.speaks() and fault is None else None, told))
+    if ranks.speaks():
+        return table
+    if rows is not None:
+        table.set_result(rows)
+    elif told is not None:
+        fault = NoTableError(told[0])
+        fault.__cause__ = ValueError(told[0]) if told[1] else None
+        table.set_exception(fault)
+    return table
+
+
 class LookAlikeTables:
     """Makes the tables of one stage's sampler and puts them in force.
 
-    every: steps between two renewals, None for none. images: the training people.
+    every: steps between two renewals, None for none. images: the training people. ahead: how many batches are planned
+    or fetched before training gets them. Of several ranks the first computes, and all get its tables: their samplers
+    would otherwise follow different plans.
     """
 
     def __init__(
@@ -58,8 +80,10 @@ class LookAlikeTables:
         sampler: LookAlikeBatchSampler,
         images: ImageSet,
         device: torch.device,
+        ahead: int,
     ) -> None:
         self.options, self.sampler, self.images, self.device = options, sampler, images, device
+        self._ahead, self._due = ahead, 0
         self.every = options.every_steps
         if options.every_epochs is not None:
             self.every = round(options.every_epochs * len(sampler))
@@ -75,7 +99,13 @@ class LookAlikeTables:
 
     def first(self, model: nn.Module, weights: ClassWeights | None) -> None:
         """Compute the table that the stage begins with, before its first batch is planned."""
-        self.sampler.refresh(self._table(self._source(model, weights)), at=0)
+        coming: Future[Table] = Future()
+        if ranks.speaks():
+            try:
+                coming.set_result(self._table(self._source(model, weights)))
+            except NoTableError as error:
+                coming.set_exception(error)
+        self.sampler.refresh(_shared(coming).result(), at=0)
 
     def after(
         self, step: int, model: nn.Module, weights: Callable[[], ClassWeights | None], last: int | None = None
@@ -84,21 +114,24 @@ class LookAlikeTables:
 
         last: steps of the stage, where that is known: a table that would only be in force after it is not computed.
         """
+        if world_size() > 1 and step >= self._due:
+            self.wait()  # together, before any rank plans the batches that need it
         at = step + self.options.delay
         if self.every is None or step % self.every or (last is not None and at >= last):
             return
         self.wait()
         source = self._source(copy.deepcopy(model), weights())
-        self._coming = self._background.submit(self._table, source)
+        self._coming = self._background.submit(self._table, source) if ranks.speaks() else Future()
         self.sampler.refresh(self._coming, at=at)
+        self._due = at - self._ahead
 
     def wait(self) -> None:
-        """Until the table under way, if any, is there: a checkpoint holds it.
+        """Until the table under way, if any, is there, on all ranks: a checkpoint holds it. All of them must wait.
 
         Should it have failed, `failures` says so; whoever needs the table gets the error.
         """
         if self._coming is not None:
-            error = self._coming.exception()
+            error = _shared(self._coming).exception()
             if error is not None:
                 self.failures.append(str(error))
             self._coming = None
@@ -121,6 +154,8 @@ class LookAlikeTables:
 
     def __exit__(self, *_: object) -> None:
         """Let the thread go; a table that it has not begun will not come."""
+        if self._coming is not None and not ranks.speaks():
+            self._coming.set_exception(NoTableError("training ended before the table was there"))
         self._background.shutdown(wait=False, cancel_futures=True)
 
     def _source(self, model: nn.Module, weights: ClassWeights | None) -> nn.Module | ClassWeights:

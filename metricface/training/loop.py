@@ -5,7 +5,6 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 import metricface
 from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
-from metricface.distributed import world_size
+from metricface.distributed import rank, world_size
 from metricface.models.embedder import Embedder
 from metricface.training import assemble, batches, checkpoint, contradictions, ranks, stage_run, stages
 from metricface.training import recipe as recipes
 from metricface.training.held_out import HeldOut
 from metricface.training.people import People, gather
 from metricface.training.recipe import Recipe
-from metricface.training.run import EXPORT, RECIPE, REPORT, Run, restore_randomness
-from metricface.training.selection import evaluate, keep_best, look
+from metricface.training.run import EXPORT, RECIPE, REPORT, Run
+from metricface.training.selection import check_selection, evaluate, keep_best, look
 from metricface.training.throughput import bare_images_per_second
 
 
@@ -36,28 +35,22 @@ def train(
 ) -> Run:
     """Train as the recipe says, write everything to `folder`, and return what became of it.
 
-    folder: gets the recipe, TensorBoard events, the checkpoint, and at the end `report.json` and the embedder in
-    `model/`. resume: go on from its checkpoint. stopped: asked after every step; where it says so the run saves
-    and returns with `interrupted` set. Raises ValueError for a recipe or data that cannot work (before
-    training), OSError where `folder` cannot be written, and TrainingDivergedError where a stage diverges: the report
-    and the embedder then hold what the stages before it came to.
+    folder: gets the recipe, TensorBoard events, checkpoints, and at the end `report.json` and the embedder in `model/`.
+    resume: go on from its checkpoint, with the recipe that it was started with. stopped: asked after every step; where
+    it says so the run saves and returns with `interrupted` set. Raises ValueError for a recipe or data that cannot work
+    (before training), OSError where `folder` cannot be written, and TrainingDivergedError where a stage diverges: the
+    report and the embedder then hold the best that there was before.
     """
     contradictions.check(recipe)
     assemble.check_names(recipe)
     run = _prepare(recipe, folder, say, resume=resume)
-    state = checkpoint.load(folder, run.device, say) if resume else None
-    if state is not None:
-        run.restore(state)
+    if resume:
+        run.restore(checkpoint.load(folder, say))
     else:
-        evaluate(run, "start")
+        check_selection(run, evaluate(run, "start"))
         run.save()
     while run.index < len(recipe.stages):
-        try:
-            _stage(run, state if state and state["stage"] else None, stopped)
-        except stages.TrainingDivergedError:
-            _give_up(run)
-            raise
-        state = None
+        _stage(run, stopped)
         if run.interrupted:
             return run
     _finish(run)
@@ -75,6 +68,8 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], *, resume
     torch.manual_seed(recipe.seed)
     start = None if resume else assemble.start(recipe)  # the checkpoint has weights of its own
     model = assemble.model(recipe, device, start)
+    if rank() > 0:  # what networks draw (dropout) differs by rank
+        torch.manual_seed(recipe.seed + 104729 * rank())
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"network    {recipe.model.name}, {parameters:,} parameters, on {device} ({torch.get_num_threads()} threads), "
@@ -113,15 +108,15 @@ def _about(start: Embedder | None, recipe: Recipe, people: People) -> list[str]:
     ]
 
 
-def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]) -> None:
+def _stage(run: Run, stopped: Callable[[], bool]) -> None:
     """Train one stage and keep the better of its start and its end."""
     under_way = stage_run.begin(run.index, run.recipe, run.people, run.model, run.device)
     stage = under_way.stage
     if stage.fade is not None:
         under_way.objective.take_over(run.objective_before)
-    if resumed is not None:
-        under_way.load_state_dict(resumed["stage"])
-        restore_randomness(resumed, run.device)  # once more: making the stage's parts has drawn from it
+    if run.resumed is not None:
+        under_way.load_state_dict(run.resumed)
+        run.resumed = None  # as large as all that it has been copied to
         run.say(f"Going on with stage {stage.name!r} at step {under_way.clock.steps:,}.")
     else:
         if stage.fade is not None and run.objective_before is None:
@@ -132,6 +127,18 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
             stages.start_from_class_means(under_way, run.people, run.model, run.device)
         under_way.mark_start()
         stages.find_look_alikes(under_way, run.model, run.class_vectors)
+    try:
+        _train(run, under_way, stopped)
+        if not run.interrupted:
+            _end(run, under_way)
+    except stages.TrainingDivergedError:
+        _give_up(run, under_way)
+        raise
+
+
+def _train(run: Run, under_way: stage_run.StageRun, stopped: Callable[[], bool]) -> None:
+    """Take the steps of a stage, and save where it has come to; `run.interrupted` says whether it was stopped."""
+    stage = under_way.stage
     steps_before = run.step - under_way.clock.steps
 
     def report(step: int, scalars: dict[str, float]) -> None:
@@ -163,14 +170,23 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
             look=looked_at if run.index > 0 or run.recipe.model.start is not None else None,
             class_vectors=run.class_vectors,
         )
-    except (UnreadableImageError, OSError):  # an image has gone: what was trained since the last checkpoint is good
-        if world_size() == 1:  # or the other ranks, which know nothing of it, would be waited for
+    except (
+        UnreadableImageError,
+        OSError,
+    ) as error:  # an image has gone: what was trained since the last checkpoint is good
+        # Other ranks know of an image, and of nothing else: they would be waited for.
+        if not isinstance(error, checkpoint.NotWrittenError) and (
+            world_size() == 1 or isinstance(error, UnreadableImageError)
+        ):
+            stages.check_weights(under_way, run.model)
             save()
         raise
     save()  # before evaluation, which can be interrupted
-    if ranks.beat(0.0, stopped()).stop:
-        run.interrupted = True
-        return
+    run.interrupted = ranks.any_of(stopped())
+
+
+def _end(run: Run, under_way: stage_run.StageRun) -> None:
+    """Report on a stage, and keep the best of its weights."""
     _note_speed(run, under_way)
     _note_failed_tables(run, under_way)
     run.objective_before = None
@@ -184,13 +200,18 @@ def _stage(run: Run, resumed: dict[str, Any] | None, stopped: Callable[[], bool]
     run.save()
 
 
-def _give_up(run: Run) -> None:
-    """After a stage that diverged: report and export the weights from before it, if a stage had made them."""
-    if run.index == 0:
+def _give_up(run: Run, under_way: stage_run.StageRun) -> None:
+    """After a stage that diverged: report and export the best weights from before that, if there are trained ones."""
+    name, best = under_way.stage.name, under_way.best
+    if best is not None:
+        run.model.load_state_dict(best["weights"])
+        evaluate(run, best["when"])
+        run.notes.append(f"Stage {name!r} diverged; its best weights from before that ({best['when']}) were kept.")
+    elif run.index > 0 or run.recipe.model.start is not None:
+        run.model.load_state_dict(run.start_weights)
+        run.notes.append(f"Stage {name!r} diverged; the weights from before it were kept.")
+    else:
         return
-    name = run.recipe.stages[run.index].name
-    run.model.load_state_dict(run.start_weights)
-    run.notes.append(f"Stage {name!r} diverged; the weights from before it were kept.")
     _finish(run)
 
 
@@ -199,9 +220,10 @@ def _note_speed(run: Run, under_way: stage_run.StageRun) -> None:
     if clock.steps == 0:
         run.note(f"Stage {under_way.stage.name!r} took no step: nothing of its budget was left.")
     batch = round(clock.images / clock.steps) if clock.steps else assemble.TRIAL_CLASSES
+    at_once = max(1, batch // world_size())  # of a rank, and no more than the network has had
     bare = world_size() * bare_images_per_second(
         run.model,
-        max(1, batch // world_size()),
+        min(at_once, under_way.stage.chunk or at_once),
         run.people.training.preprocessing.shape,
         run.device,
         under_way.precision,

@@ -33,11 +33,13 @@ class HeadObjective(nn.Module):
     def __init__(self, head: Head | PartialFC, *, joined: bool = True) -> None:
         super().__init__()
         self.head = head
-        self._call = head.of_joined if joined and isinstance(head, PartialFC) else head
+        self._joined = joined
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The head's loss: embeddings (B, D), labels (B,), scalar."""
-        loss: Tensor = self._call(embeddings, labels)
+        if self._joined and isinstance(self.head, PartialFC):
+            return self.head.of_joined(embeddings, labels)
+        loss: Tensor = self.head(embeddings, labels)
         return loss
 
     @property
@@ -124,14 +126,11 @@ class MinedObjective(nn.Module):
 
 
 class GivenPairs(nn.Module):
-    """In place of a miner: the pairs that a PairBatchSampler composed the batch of, the same places in every batch.
+    """In place of a miner: the pairs that a PairBatchSampler composed the batch of, the same places in every batch."""
 
-    indices_tuple: of one rank's batch of `images` images; the batches of `joined` ranks stand one after the other.
-    """
-
-    def __init__(self, indices_tuple: Sequence[Tensor], images: int = 0, joined: int = 1) -> None:
+    def __init__(self, indices_tuple: Sequence[Tensor]) -> None:
         super().__init__()
-        self.pairs = tuple(torch.cat([index + images * part for part in range(joined)]) for index in indices_tuple)
+        self.pairs = tuple(indices_tuple)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """(a1, p, a2, n), on the device of `embeddings`."""
@@ -160,7 +159,8 @@ class SumObjective(nn.Module):
     parts: the first is the stage's own, further ones its other terms. weights: the factor of each part, by its name.
     schedules: which number follows which curve: PART.NUMBER, a plain attribute of the part's head or loss, or
     PART.weight. before: the sum of the stage before, which fades out in a line over the share `fade` of the stage while
-    this one comes in; its parts are then called before/NAME, and stay as the end of that stage has them (`take_over`).
+    this one comes in; its parts are then called before/NAME, and have the weights that stage left (`take_over`) and the
+    numbers at the end of its schedules.
     After a call `values` holds each part's own loss, unweighted and without gradient; parts that have faded out
     are not computed.
     """

@@ -12,8 +12,9 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from metricface.distributed import rank, world_size
+from metricface.distributed import rank, sum_over_ranks, world_size
 from metricface.heads.reshard import sharded_names, sharded_parameters
 
 T = TypeVar("T")
@@ -83,11 +84,25 @@ def of_all(value: T) -> list[T]:
     return found
 
 
+def total(number: int) -> int:
+    """The sum of every rank's number."""
+    return int(sum_over_ranks(torch.tensor(number)))
+
+
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """The mean of every rank's number, without gradient."""
+    return sum_over_ranks(value.detach()) / world_size()
+
+
 def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network, whose gradient is averaged over ranks in the backward pass; itself where nothing of it learns."""
+    """The network, whose gradient is averaged over ranks in the backward pass; itself where nothing of it learns.
+
+    Its buffers are not: see `average_statistics`.
+    """
     if world_size() == 1 or not any(p.requires_grad for p in network.parameters()):
         return network
-    return nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
 
 @torch.no_grad()
@@ -104,6 +119,35 @@ def average_gradients(module: nn.Module) -> None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
         parameter.grad.div_(world_size())
+
+
+@torch.no_grad()
+def average_statistics(network: nn.Module) -> None:
+    """Average over ranks what batch norms have gathered, each from its rank's part of the batch, in this step.
+
+    So that the network is one and the same on all ranks between steps, whoever evaluates or saves it.
+    """
+    if world_size() > 1:
+        norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+        _average([buffer for module in norms for buffer in module.buffers() if buffer.is_floating_point()])
+
+
+@torch.no_grad()
+def average_buffers(module: nn.Module) -> None:
+    """Average over ranks what a module keeps of its batches, where each rank has shown it others."""
+    if world_size() > 1:
+        _average([buffer for buffer in module.buffers() if buffer.is_floating_point()])
+
+
+def _average(values: list[torch.Tensor]) -> None:
+    """In one exchange, if all are of one type."""
+    for dtype in sorted({value.dtype for value in values}, key=str):
+        some = [value for value in values if value.dtype == dtype]
+        joined = torch.cat([value.flatten() for value in some])
+        dist.all_reduce(joined)
+        parts = torch.split(joined.div_(world_size()), [value.numel() for value in some])
+        for value, part in zip(some, parts, strict=True):
+            value.copy_(part.view_as(value))
 
 
 @torch.no_grad()

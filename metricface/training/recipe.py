@@ -205,7 +205,7 @@ class Stage:
             loss's own parameters learn. What does not learn keeps its batch-norm statistics, too.
         batch_norm: `train`, or `frozen` to keep the statistics of the stage before (weights still learn).
         clip_norm: Largest norm of the gradient of all parameters together; none: not clipped.
-        chunk: Images in the network at once; none: the whole batch. The objective sees the whole batch either way.
+        chunk: Images in the network at once, at most; none: the whole batch. The objective sees all of it either way.
             Exact with frozen batch norm; otherwise batch norms take the statistics of a chunk for those of the batch.
         average: Decay of a running average of the weights (0.9999), scored at the end beside the weights themselves;
             the better of the two stays. None: no average.
@@ -291,7 +291,8 @@ class Recipe:
             and later GPUs; CPUs with avx512_bf16 or AMX), else float32. With float16 the loss is scaled, and steps
             whose gradient overflows are left out and counted. Losses, mining, evaluation stay in float32.
         mining: Of several ranks (torchrun): `joined`: the objective sees the rows of all of them, as one process with
-            the joined batch would; `per_rank`: each its own, so that an anchor meets fewer negatives.
+            the joined batch would; `per_rank`: each its own, so that an anchor meets fewer negatives. Batch norms in
+            training take the statistics of each rank's own images either way, and average what they gather.
         recompute: Compute activations once more in the backward pass and save the memory for them: for large batches
             and networks, a third slower.
         compile: Train the network through torch.compile: some minutes at the start, then faster steps.

@@ -52,6 +52,7 @@ class Run:
     stage_reports: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     class_vectors: ClassWeights | None = None  # of the head of the last kept stage that had one
+    resumed: dict[str, Any] | None = None  # what a checkpoint holds of the stage under way, until that is made
     objective_before: dict[str, Tensor] | None = None  # of the last stage, if it was kept and fades out in the next one
     start_weights: dict[str, Tensor] = field(default_factory=dict)
     _board: Board | None = None
@@ -82,6 +83,7 @@ class Run:
             "class_vectors": None if self.class_vectors is None else tuple(self.class_vectors),
             "objective_before": None if self.objective_before is None else whole_state(self.objective_before),
             "stage": None if under_way is None else under_way.state_dict(),
+            "device": self.device.type,
             "history": [vars(moment) for moment in self.history],
             "notes": self.notes,
             "stage_reports": self.stage_reports,
@@ -95,7 +97,7 @@ class Run:
             checkpoint.save(state, self.folder, kept=self.recipe.checkpoints_kept)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint, but for the stage under way.
+        """Take up the state of a checkpoint, but for the stage under way, which `resumed` then has.
 
         Raises ValueError where the images are not those the run was started with: people once trained on could
         otherwise end up among those that are scored.
@@ -105,18 +107,18 @@ class Run:
                 f"The images have changed since the run in {self.folder} was started, and with them who is trained on "
                 "and who is scored. Restore the folders, or start a new run."
             )
-        self.index, self.step = state["index"], state["step"]
+        if state["device"] != self.device.type:
+            raise ValueError(
+                f"The run in {self.folder} was trained on {state['device']}, whose draws cannot go on on "
+                f"{self.device.type}. Resume it with --device {state['device']}, or start a new run from its weights."
+            )
+        self.index, self.step, self.resumed = state["index"], state["step"], state["stage"]
         self.model.load_state_dict(state["model"])
         self.start_weights = state["start_weights"]
         self.class_vectors = None if state["class_vectors"] is None else ClassWeights(*state["class_vectors"])
         self.objective_before = state["objective_before"]
         self.history = [Moment(**moment) for moment in state["history"]]
         self.notes, self.stage_reports = state["notes"], state["stage_reports"]
-        restore_randomness(state, self.device)
+        if len(state["rng"]) == world_size():  # on another number of ranks networks draw in another way
+            set_drawing_state(self.device, tuple(drawn.cpu() for drawn in state["rng"][rank()]))
         self._board = Board(self.folder, after=self.step) if ranks.speaks() else None
-
-
-def restore_randomness(state: dict[str, Any], device: torch.device) -> None:
-    """Let torch's global generators go on from where they stood in a checkpoint of as many ranks."""
-    if len(state["rng"]) == world_size():
-        set_drawing_state(device, tuple(drawn.cpu() for drawn in state["rng"][rank()]))

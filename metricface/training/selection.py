@@ -22,14 +22,27 @@ class _Candidate(NamedTuple):
     moment: Moment | None  # none for weights seen on the way, which test people have not scored
 
 
-def evaluate(run: Run, when: str) -> Moment:
-    """Score the network as it stands on both held-out sets, show it, and add it to the run's history."""
+def check_selection(run: Run, start: Moment) -> None:
+    """Raise ValueError where the validation people are too few for the figure that weights are chosen by."""
+    key = run.recipe.select_by
+    if start.validation[key] is None:
+        raise ValueError(
+            f"select_by={key} cannot be told of {start.validation['impostor_pairs']:,} pairs of different validation "
+            "people. Hold out more of them (data.validation_share), or choose by map_at_r, recall_at_1 or auc."
+        )
+
+
+def evaluate(run: Run, when: str, *, kind: str = "") -> Moment:
+    """Score the network as it stands on both held-out sets, show it, and add it to the run's history.
+
+    kind: added to the names of the sets on TensorBoard, for weights that are scored beside others.
+    """
     scored: list[Scored] = [people.score(run.model, run.device) for people in run.held_out]
     moment = Moment(when, scored[0].figures, scored[1].figures)
     run.history.append(moment)
     for people, found in zip(run.held_out, scored, strict=True):
         if run.board is not None:
-            run.board.held_out(run.step, people.name, found.figures, found.scores, found.same, found.curve)
+            run.board.held_out(run.step, f"{people.name}{kind}", found.figures, found.scores, found.same, found.curve)
     run.say(f"{when}: " + ", ".join(f"{p.name} {_brief(s.figures)}" for p, s in zip(run.held_out, scored, strict=True)))
     return moment
 
@@ -42,14 +55,10 @@ def look(run: Run, under_way: StageRun) -> Answer:
     watch, key = under_way.stage.watch, run.recipe.select_by
     when = f"{under_way.stage.name} at {under_way.clock.progress:.0%}"
     before = _number(_start(run).validation[key])
-    with _divergence(under_way, when):
-        figures = run.held_out[0].score(run.model, run.device).figures
-    now = _number(figures[key])
-    if run.board is not None:
-        run.board.scalars(run.step, {f"{under_way.stage.name}/validation/{key}": now})
-    run.say(f"{when}: validation {_brief(figures)}")
-    if now > max(before, under_way.best_figure):
-        under_way.best = {"when": when, "figure": now, "weights": copy.deepcopy(run.model.state_dict())}
+    now = _look_at(run, under_way, when)
+    if under_way.average is not None:  # it may be better, and is what a high learning rate is for
+        with under_way.average.in_place_of(run.model):
+            now = max(now, _look_at(run, under_way, f"{when}, averaged"))
     if now >= before - watch.tolerance:
         return "go on"
     answers: dict[str, tuple[str, Answer]] = {
@@ -66,6 +75,26 @@ def look(run: Run, under_way: StageRun) -> Answer:
     return answer
 
 
+def _look_at(run: Run, under_way: StageRun, when: str) -> float:
+    """The figure of the network as it stands on validation people; the best so far is kept aside."""
+    key = run.recipe.select_by
+    with _divergence(under_way, when):
+        figures = run.held_out[0].score(run.model, run.device).figures
+    now = _number(figures[key])
+    kind = "_averaged" if when.endswith("averaged") else ""
+    if run.board is not None:
+        run.board.scalars(run.step, {f"{under_way.stage.name}/validation{kind}/{key}": now})
+    run.say(f"{when}: validation {_brief(figures)}")
+    if now > max(_number(_start(run).validation[key]), under_way.best_figure):
+        under_way.best = {
+            "when": when,
+            "figure": now,
+            "weights": copy.deepcopy(run.model.state_dict()),
+            "objective": copy.deepcopy(under_way.objective.state_dict()),
+        }
+    return now
+
+
 def keep_best(run: Run, under_way: StageRun) -> bool:
     """Score the end of a stage, and its average; keep the best of these, of its start, and of what was seen on the way.
 
@@ -77,7 +106,7 @@ def keep_best(run: Run, under_way: StageRun) -> bool:
         ends = [evaluate(run, f"after {name}")]
         if average is not None:
             with average.in_place_of(run.model):
-                ends.append(evaluate(run, f"after {name}, averaged"))
+                ends.append(evaluate(run, f"after {name}, averaged", kind="_averaged"))
     found = [_Candidate(end.when, _number(end.validation[key]), end) for end in ends]
     if under_way.best is not None:
         found.append(_Candidate(under_way.best["when"], under_way.best_figure, None))
@@ -95,6 +124,7 @@ def keep_best(run: Run, under_way: StageRun) -> bool:
     if best.moment is None:
         assert under_way.best is not None
         run.model.load_state_dict(under_way.best["weights"])
+        under_way.objective.load_state_dict(under_way.best["objective"])  # the next stage may go on from it, too
         evaluate(run, best.when)
     elif average is not None and best.moment is not ends[0]:
         average.copy_to(run.model)

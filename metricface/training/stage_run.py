@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from metricface.distributed import rank, world_size
+from metricface.distributed import gather_plain, rank, world_size
 from metricface.heads.reshard import own_optimizer, sharded_parameters, whole_optimizer, whole_state
 from metricface.training import assemble, batches, ranks
 from metricface.training.alarms import Alarms
@@ -23,7 +23,7 @@ from metricface.training.schedules import Clock
 from metricface.training.update import drawing_from
 
 # Fields of a StageRun that a checkpoint holds as they are.
-_PLAIN = ("overflows", "rate_factor", "looks", "best", "ended")
+_PLAIN = ("overflows", "overflows_in_a_row", "rate_factor", "back_at", "looks", "ended")
 
 
 @dataclass
@@ -42,10 +42,13 @@ class StageRun:
     average: WeightAverage | None
     look_alikes: LookAlikeTables | None
     alarms: Alarms
+    order: Tensor | None = None  # of the rows of all ranks, joined, as one process would have them; none: as they are
     overflows: int = 0  # steps that were left out since their gradient in float16 overflowed
+    overflows_in_a_row: int = 0
     rate_factor: float = 1.0  # of the learning rate, below 1 once the stage has gone back to its start
-    looks: int = 0  # how often it has been watched
-    best: dict[str, Any] | None = None  # the best weights seen then, with `when` and `figure`
+    back_at: float = 0.0  # how far it had come then
+    looks: int = 0  # how many of the shares at which it is watched have passed
+    best: dict[str, Any] | None = None  # the best seen then: `weights`, `objective`, with `when` and `figure`
     ended: bool = False  # before its time
     objective_at_start: dict[str, Any] = field(default_factory=dict)
 
@@ -62,26 +65,33 @@ class StageRun:
             "sampler": self.sampler.state_dict(),
             "clock": self.clock.state_dict(),
             "augmenting": ranks.of_all(self.augmenting.get_state()),
-            "drawing": self.drawing,
+            "drawing": ranks.of_all(self.drawing),
             "scaler": self.scaler.state_dict(),
+            "alarms": self.alarms.state_dict(),
+            "best": self.best and self.best | {"objective": whole_state(self.best["objective"])},
             "average": None if self.average is None else self.average.state_dict(),
             "objective_at_start": whole_state(self.objective_at_start),
             **{name: getattr(self, name) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict()` was taken."""
+        """Go on where `state_dict()` was taken, on this number of ranks or another."""
+        if state["objective_at_start"]:
+            self.objective.load_state_dict(state["objective_at_start"])
+            self.mark_start()  # of this rank's classes alone
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(own_optimizer(state["optimizer"], self.optimizer, self.objective))
         self.sampler.load_state_dict(state["sampler"])
         self.clock.load_state_dict(state["clock"])
         if len(state["augmenting"]) == world_size():  # another number of ranks changes its images in its own way
             self.augmenting.set_state(state["augmenting"][rank()].cpu())
-        self.drawing = [drawn.cpu() for drawn in state["drawing"]]
+        own = rank() if len(state["drawing"]) == world_size() else 0
+        self.drawing = [drawn.cpu() for drawn in state["drawing"][own]]
         self.scaler.load_state_dict(state["scaler"])
+        self.alarms.load_state_dict(state["alarms"])
+        self.best = state["best"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.objective_at_start = state["objective_at_start"]
         for name in _PLAIN:
             setattr(self, name, state[name])
 
@@ -101,6 +111,7 @@ class StageRun:
         self.objective.load_state_dict(self.objective_at_start)
         self.optimizer.state.clear()
         self.rate_factor *= self.stage.watch.factor
+        self.back_at = ranks.from_first(self.clock.progress)
         if self.average is not None:
             self.average = WeightAverage(model, self.average.decay)
 
@@ -129,7 +140,19 @@ def begin(index: int, recipe: Recipe, people: People, model: nn.Module, device: 
         average=None if stage.average is None else WeightAverage(model, stage.average),
         look_alikes=batches.look_alikes(stage, sampler, people.training, recipe.data.workers, device),
         alarms=Alarms(stage.name, objective),
+        order=_order(sampler, device) if recipe.mining == "joined" else None,
     )
+
+
+def _order(sampler: batches.Sampler, device: torch.device) -> Tensor | None:
+    """Of the rows of all ranks, one rank after the other, which is first, second, ... in a batch of one process.
+
+    So that draws and memories, which follow the rows, are those of one process.
+    """
+    places = sampler.places()
+    if places is None or world_size() == 1:
+        return None
+    return gather_plain(torch.from_numpy(places)).argsort().to(device)
 
 
 def _drawing(seed: int, device: torch.device) -> list[Tensor]:

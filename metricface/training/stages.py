@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from metricface.data.augment import augment
-from metricface.data.images import ImageBatch
+from metricface.data.images import ImageBatch, UnreadableImageError
 from metricface.diagnostics import embedding_statistics
 from metricface.distributed import gather, gather_plain, world_size
 from metricface.heads.partial_fc import PartialFC, heads_in
@@ -30,6 +30,10 @@ from metricface.training.update import apply_gradient, drawing_from
 from metricface.training.update import embed as embed_batch
 
 Report = Callable[[int, dict[str, float]], None]
+# Steps between two exchanges of what should be alike on all ranks, and that rounding may have parted.
+ALIKE_EVERY = 20
+# Overflows in a row after which float16 is given up: from 65,536 on, the scale has then come below 1.
+OVERFLOWS = 25
 
 
 class TrainingDivergedError(RuntimeError):
@@ -39,15 +43,17 @@ class TrainingDivergedError(RuntimeError):
 def start_from_class_means(run: StageRun, people: People, model: nn.Module, device: torch.device) -> None:
     """Give the stage's heads and centres the mean embedding of each training person, under the network as it stands.
 
-    Images are embedded without augmentation, in evaluation mode, before the stage's clock starts.
+    Images are embedded without augmentation, in evaluation mode, before the stage's clock starts; ranks share the work.
     """
-    embeddings = torch.from_numpy(embed(model, people.training, device, unit=False))  # (N, D), raw, on the CPU
+    found = embed(model, people.training, device, unit=False, shared=True)
+    embeddings = torch.from_numpy(found)  # (N, D), raw, on the CPU
     labels = torch.from_numpy(people.training.labels)  # (N,)
     for head in heads_in(run.objective):
         head.class_weights_from(embeddings, labels)
     for part in run.objective.modules():
         if isinstance(part, CenterLoss | ContrastiveCenterLoss):
             part.centers_from(embeddings.to(device), labels)
+    ranks.take_from_first(run.objective)
 
 
 def find_look_alikes(run: StageRun, model: nn.Module, weights: ClassWeights | None) -> None:
@@ -101,12 +107,13 @@ def train(
     network = ranks.data_parallel(network, device)
     endless, bar = _endless(loader), _bar(run)
     tables, saved_at = run.look_alikes, math.nan
-    waiting = Waiting()
+    waiting = Waiting(clock.elapsed)
     clock.start()
     with tables or contextlib.nullcontext():
         while (now := _now(run, stopped)) is not None:
-            if look is not None and _is_watched(run, now.progress):
-                run.looks += 1
+            looks = bisect.bisect_right(run.stage.watch.at, now.progress)  # a step may pass several of these shares
+            if look is not None and looks > run.looks:
+                run.looks = looks
                 clock.pause()
                 run.ended = look()
                 clock.start()
@@ -118,25 +125,25 @@ def train(
                 if tables is not None:
                     tables.wait()
                 clock.pause()
-                _check_weights(run, model)
+                check_weights(run, model)
                 save()
                 saved_at = now.seconds
                 clock.start()
             with waiting:
-                batch = _next(endless, run)  # not before the test above: a batch that was pulled counts as trained on
+                # Not before the test above: a batch that was pulled counts as trained on.
+                batch = _next(endless, run, exchange=not people.in_memory)
             rate = _set_learning_rate(run, now.progress)
             numbers = run.objective.follow(now.progress)
-            loss, embeddings, labels = _step(run, recipe, network, batch, device)
-            if run.average is not None:
-                run.average.update(model)
+            loss, embeddings, labels = _step(run, recipe, network, model, batch, device)
             clock.steps += 1
-            clock.images += len(labels)
+            clock.images += len(labels) if recipe.mining == "joined" else ranks.total(len(labels))
             _advance(bar, clock)
             if tables is not None:
                 tables.after(clock.steps, model, lambda: class_weights(run) or class_vectors, clock.total_steps)
-            if clock.steps % recipe.log_every == 0 or clock.steps == 1:
+            if clock.steps % ALIKE_EVERY == 0:
                 ranks.take_from_first(run.objective)
-                value = _finite(loss, run)
+            if clock.steps % recipe.log_every == 0 or clock.steps == 1:
+                value = _finite(ranks.mean(loss), run)
                 scalars = _scalars(run, embeddings, labels)
                 scalars |= {f"schedule/{key}": number for key, number in numbers.items()}
                 shown = {
@@ -153,7 +160,7 @@ def train(
             tables.wait()  # the checkpoint that follows holds it
     clock.pause()
     bar.close()
-    _check_weights(run, model)
+    check_weights(run, model)
 
 
 class _Now(NamedTuple):
@@ -173,16 +180,21 @@ def _now(run: StageRun, stopped: Callable[[], bool]) -> _Now | None:
     return None if stop or run.ended or progress >= 1.0 else _Now(seconds, progress)
 
 
-def _is_watched(run: StageRun, progress: float) -> bool:
-    """Whether held-out people are to be scored now; a step may pass several of the shares asked for."""
-    return bisect.bisect_right(run.stage.watch.at, progress) > run.looks
-
-
-def _next(endless: Iterator[ImageBatch], run: StageRun) -> ImageBatch:
+def _next(endless: Iterator[ImageBatch], run: StageRun, *, exchange: bool) -> ImageBatch:
+    """The next batch, of this rank. exchange: whether a rank may fail alone, which all then learn of."""
+    batch, failed = None, None
     try:
-        return next(endless)
-    except NoTableError as error:
+        batch = next(endless)
+    except NoTableError as error:  # on all ranks
         raise _without_table(run, error) from error
+    except UnreadableImageError as error:
+        failed = error
+    if exchange and ranks.any_of(failed is not None) and failed is None:
+        failed = UnreadableImageError("Another rank could not read an image, and says which.")
+    if failed is not None:
+        raise failed
+    assert batch is not None
+    return batch
 
 
 def _without_table(run: StageRun, error: NoTableError) -> Exception:
@@ -196,34 +208,54 @@ def _without_table(run: StageRun, error: NoTableError) -> Exception:
 
 
 def _step(
-    run: StageRun, recipe: Recipe, network: nn.Module, batch: ImageBatch, device: torch.device
+    run: StageRun, recipe: Recipe, network: nn.Module, model: nn.Module, batch: ImageBatch, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     images = augment(batch.images.to(device, non_blocking=True), recipe.data.augmentation, run.augmenting)
     labels = batch.labels.to(device, non_blocking=True)
     autocast = partial(assemble.autocast, run.precision, device)
     embedded = embed_batch(network, images, autocast, chunk=run.stage.chunk)
     embeddings = embedded.embeddings
-    if recipe.mining == "joined":
+    joined = recipe.mining == "joined"
+    if joined:
         embeddings, labels = gather(embeddings, averaged=True), gather_plain(labels)
-    if not bool(torch.isfinite(embeddings).all()):
+        if run.order is not None:
+            embeddings, labels = embeddings[run.order], labels[run.order]
+    broken = not bool(torch.isfinite(embeddings).all())
+    if broken if joined else ranks.any_of(broken):
         raise _diverged(run, "embeddings are not finite")
+    refused, loss = None, embeddings.new_zeros(())
     try:
         with drawing_from(run.drawing, device):
             loss = run.objective(embeddings, labels)
     except ValueError as error:  # rows too long to be squared, for instance: finite, and beyond use
-        raise _diverged(run, f"objective refuses its embeddings ({error})") from error
-    alike = None if recipe.mining == "joined" else run.objective
-    if not apply_gradient(
+        refused = error
+    if refused is not None if joined else ranks.any_of(refused is not None):
+        raise _diverged(run, f"objective refuses its embeddings ({refused or 'on another rank'})") from refused
+    taken = apply_gradient(
         loss,
         embedded,
         run.optimizer,
         run.scaler,
         clip_norm=run.stage.clip_norm,
-        average=alike,
+        average=None if joined else run.objective,
         sharded=run.sharded,
-    ):
-        run.overflows += 1
+    )
+    ranks.average_statistics(model)
+    if not joined:
+        ranks.average_buffers(run.objective)
+    _count_overflows(run, taken)
+    if taken and run.average is not None:
+        run.average.update(model)
     return loss.detach(), embeddings, labels
+
+
+def _count_overflows(run: StageRun, taken: bool) -> None:
+    run.overflows += not taken
+    run.overflows_in_a_row = 0 if taken else run.overflows_in_a_row + 1
+    if run.overflows_in_a_row >= OVERFLOWS:
+        raise _diverged(
+            run, f"gradient in float16 has overflowed {OVERFLOWS} times in a row, however small the loss was made"
+        )
 
 
 def _scalars(run: StageRun, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
@@ -240,8 +272,11 @@ def _scalars(run: StageRun, embeddings: Tensor, labels: Tensor) -> dict[str, flo
 
 def _set_learning_rate(run: StageRun, progress: float) -> float:
     stage = run.stage
+    # After going back the rate rises once more, over as large a share of what is left.
+    rising = (1.0 - run.back_at) * stage.warmup if run.back_at else 0.0
+    factor = run.rate_factor * (min(1.0, 0.01 + 0.99 * (progress - run.back_at) / rising) if rising else 1.0)
     for group in run.optimizer.param_groups:
-        peak = run.rate_factor * group["peak"]
+        peak = factor * group["peak"]
         group["lr"] = learning_rate(progress, peak=peak, warmup=stage.warmup, decay=stage.schedule)
     rate: float = run.optimizer.param_groups[0]["lr"]
     return rate
@@ -263,8 +298,11 @@ def _by_term(objective: SumObjective) -> str:
     return f" ({told})" if told else ""
 
 
-def _check_weights(run: StageRun, model: nn.Module) -> None:
-    """The update after the last finite loss may itself have been infinite, and in the classes of one rank alone."""
+def check_weights(run: StageRun, model: nn.Module) -> None:
+    """Raise TrainingDivergedError, on all ranks, where weights are not finite: a checkpoint must not hold them.
+
+    The update after the last finite loss may itself have been infinite, and in the classes of one rank alone.
+    """
     values = [*model.state_dict().values(), *run.objective.parameters(), *run.objective.buffers()]
     if ranks.any_of(not all(bool(torch.isfinite(value).all()) for value in values)):
         raise _diverged(run, "weights are not finite")

@@ -12,10 +12,14 @@ PASSES = 7
 
 
 class Waiting:
-    """The share of training time that was spent waiting for the next batch: `with waiting: batch = next(loader)`."""
+    """The share of training time that was spent waiting for the next batch: `with waiting: batch = next(loader)`.
 
-    def __init__(self) -> None:
-        self._waited = self._since = self._counted_from = 0.0
+    elapsed: training seconds before it, by the stage's clock.
+    """
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self._waited = self._since = 0.0
+        self._counted_from = elapsed
 
     def __enter__(self) -> None:
         self._since = time.perf_counter()

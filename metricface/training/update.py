@@ -6,6 +6,7 @@ graph, into which that gradient is fed. So the objective sees the whole batch, a
 chunk. Source: Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (GradCache).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metricface.distances import full_precision
-from metricface.distributed import sum_over_ranks, world_size
+from metricface.distributed import max_over_ranks, row_counts, sum_over_ranks, world_size
 from metricface.models.layers import statistics_kept
 from metricface.training.ranks import average_gradients
 
@@ -32,27 +33,32 @@ class Embedded(NamedTuple):
 def embed(network: nn.Module, images: Tensor, autocast: Autocast, *, chunk: int | None = None) -> Embedded:
     """Put images (B, C, H, W) through the network, in the mode it is in.
 
-    chunk: at most so many at once; None: all. With chunks the gradient is exactly that of the whole batch as far as
-    images do not influence each other: batch norms in training mode take the statistics of a chunk for those of the
-    batch, which is another network, with its own exact gradient. What is drawn (dropout) is drawn alike both times.
+    chunk: at most so many at once, in pieces of equal sizes; None: all. With chunks the gradient is exactly that of the
+    whole batch as far as images do not influence each other: batch norms in training mode take the statistics of a
+    chunk for those of the batch, which is another network, with its own exact gradient. What is drawn (dropout) is
+    drawn alike both times.
     """
-    if chunk is None or len(images) <= chunk:
+    # As many pieces on every rank, since ranks exchange gradients with the last one, and evenly: a piece of one or two
+    # images would upset batch norms.
+    pieces = 1 if chunk is None else math.ceil(max(row_counts(images)) / chunk)
+    if pieces <= 1:
         with autocast():
             embeddings = network(images)
         return Embedded(full_precision(embeddings), lambda: None)
-    parts = torch.split(images, chunk)
+    parts = torch.tensor_split(images, pieces)
     states, found = [], []
-    with torch.no_grad(), statistics_kept(network):
+    bare = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    with torch.no_grad(), statistics_kept(bare):
         for part in parts:
             states.append(drawing_state(images.device))
             with autocast():
-                found.append(full_precision(network(part)))
+                found.append(full_precision(bare(part)))
     embeddings = torch.cat(found).requires_grad_()
 
     def finish() -> None:
         if embeddings.grad is None:
             return
-        gradients = torch.split(embeddings.grad, chunk)
+        gradients = torch.tensor_split(embeddings.grad, pieces)
         after = drawing_state(images.device)
         for number, (part, state) in enumerate(zip(parts, states, strict=True), start=1):
             set_drawing_state(images.device, state)
@@ -98,14 +104,23 @@ def apply_gradient(
             _clip(parameters, clip_norm, sharded)
         optimizer.step()
         return True
+    _agree_on_overflow(sharded)
     # Not scaler.step: fused optimisers on a CPU take no notice of an overflow.
     scaler.unscale_(optimizer)
     taken = bool(torch.isfinite(_clip(parameters, torch.inf if clip_norm is None else clip_norm, sharded)))
     if taken:
         optimizer.step()
-    # Where the overflow was in the classes of another rank, the scaler here has not seen it.
-    scaler.update(None if taken or not sharded else scaler.get_scale() * scaler.get_backoff_factor())
+    scaler.update()
     return taken
+
+
+def _agree_on_overflow(sharded: Sequence[nn.Parameter]) -> None:
+    """Where gradients overflow in the classes of one rank, let them on all, so that every scaler sees it."""
+    gradients = [p.grad for p in sharded if p.grad is not None]
+    if not gradients or world_size() == 1:
+        return
+    finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all()
+    gradients[0].mul_(torch.where(max_over_ranks((~finite).float()) > 0, torch.inf, 1.0))
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_norm: float, sharded: Sequence[nn.Parameter]) -> Tensor:

@@ -33,6 +33,19 @@ def test_all_is_well() -> None:
     assert warnings(goal(), *([{}] * 20)) == []
 
 
+def test_what_has_been_seen_and_said_is_known_after_a_resume() -> None:
+    falling = [{"embedding/spread": spread} for spread in (0.9, 0.8, 0.2, 0.2, 0.2, 0.2)]
+    for stop in range(len(falling)):
+        told = []
+        alarms = Alarms("fine", goal())
+        for number, step in enumerate(falling):
+            if number == stop:
+                state, alarms = alarms.state_dict(), Alarms("fine", goal())
+                alarms.load_state_dict(state)
+            told += alarms.see(WELL | step)
+        assert len(told) == 1
+
+
 def test_what_passes_after_a_step_or_two_is_no_alarm() -> None:
     bad = {"mining/active_share": 0.0}
     assert warnings(goal(), *[bad] * (PATIENCE - 1), {}, *[bad] * (PATIENCE - 1)) == []
@@ -47,7 +60,9 @@ def test_no_active_triplets_are_starvation_and_said_once() -> None:
 
 def test_no_triplets_at_all_are_starvation_too() -> None:
     nothing = {"mining/active_share": math.nan, "mining/triplets": 0.0}
-    assert len(warnings(goal(), *[nothing] * 3)) == 1
+    found = warnings(goal(), *[nothing] * 3)
+    assert len(found) == 1
+    assert "nothing to learn from (no triplets)" in found[0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,19 @@ from metricface.training import checkpoint
 CPU = torch.device("cpu")
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save({"a": torch.ones(2)}, tmp_path)
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(MemoryError, match="no room"):
+        checkpoint.load(tmp_path)
+
+
 def files(run: Path) -> list[str]:
     return sorted(os.listdir(run / "checkpoints"))
 
@@ -23,7 +36,7 @@ def steps(run: Path) -> list[int]:
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {"weights": torch.arange(6.0).reshape(2, 3), "history": [{"when": "start", "auc": 0.5, "tar": None}]}
     made = checkpoint.save(state, tmp_path)
-    loaded = checkpoint.load(tmp_path, CPU)
+    loaded = checkpoint.load(tmp_path)
     assert torch.equal(loaded["weights"], state["weights"])  # type: ignore[arg-type]
     assert loaded["history"] == state["history"]
     assert files(tmp_path) == [made.name]
@@ -34,7 +47,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_the_newest_few_are_kept(tmp_path: Path, kept: int) -> None:
     for step in range(12):
         checkpoint.save({"step": step}, tmp_path, kept=kept)
-        assert checkpoint.load(tmp_path, CPU)["step"] == step
+        assert checkpoint.load(tmp_path)["step"] == step
     assert steps(tmp_path) == list(range(12 - kept, 12))
 
 
@@ -51,14 +64,14 @@ def test_a_failed_write_leaves_the_checkpoints_before_it_intact(
     monkeypatch.setattr(os, fails, full_disk)
     with pytest.raises(OSError, match=r"No space left.*are intact"):
         checkpoint.save({"step": 3}, tmp_path)
-    assert checkpoint.load(tmp_path, CPU)["step"] == 2
+    assert checkpoint.load(tmp_path)["step"] == 2
     assert steps(tmp_path) == [1, 2]
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
     checkpoint.save({"step": 1}, tmp_path)
     (tmp_path / "checkpoints" / ".000002.part").write_bytes(b"half")
-    assert checkpoint.load(tmp_path, CPU)["step"] == 1
+    assert checkpoint.load(tmp_path)["step"] == 1
     checkpoint.save({"step": 2}, tmp_path)
     assert steps(tmp_path) == [1, 2]
 
@@ -66,7 +79,7 @@ def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
 def test_a_missing_checkpoint_says_so(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        checkpoint.load(tmp_path, CPU)
+        checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize("place", [0, 300, -1])
@@ -81,11 +94,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path: Path, place: 
         content[place] ^= 1
     second.write_bytes(content)
     said: list[str] = []
-    assert checkpoint.load(tmp_path, CPU, said.append)["step"] == 1
+    assert checkpoint.load(tmp_path, said.append)["step"] == 1
     assert said[0].startswith(f"Damaged, and passed over: {second.name}")
     first.write_bytes(b"")
     with pytest.raises(ValueError, match=f"is whole; damaged: {second.name}, {first.name}"):
-        checkpoint.load(tmp_path, CPU, said.append)
+        checkpoint.load(tmp_path, said.append)
 
 
 class Evil:
@@ -105,11 +118,11 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     put({"version": checkpoint.VERSION, "evil": Evil()}, tmp_path)
     with pytest.raises(ValueError, match=r"No checkpoint .* is whole"):
-        checkpoint.load(tmp_path, CPU)
+        checkpoint.load(tmp_path)
     assert not Path("executed").exists()
 
 
 def test_another_file_is_no_checkpoint(tmp_path: Path) -> None:
     put({"weights": torch.ones(2)}, tmp_path)
     with pytest.raises(ValueError, match="no checkpoint of version"):
-        checkpoint.load(tmp_path, CPU)
+        checkpoint.load(tmp_path)

@@ -68,7 +68,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(recipe: Recipe,
         child.join()
         left -= 1
         for file in (folder / checkpoint.FOLDER).glob("*.pt"):
-            assert checkpoint._read(file, CPU) is not None
+            assert checkpoint._read(file) is not None
     resumed = go_on(recipe, folder)
     assert left < kills
     for name, value in whole.model.state_dict().items():
@@ -80,7 +80,7 @@ def test_the_average_is_in_the_checkpoint(recipe: Recipe, tmp_path: Path) -> Non
     eventful(recipe)
     asked = iter(range(100))
     train(recipe, tmp_path / "run", stopped=lambda: next(asked) >= 9, say=quiet)
-    state = checkpoint.load(tmp_path / "run", CPU)["stage"]
+    state = checkpoint.load(tmp_path / "run")["stage"]
     assert state["average"]["updates"] == 9
     fresh = WeightAverage(train(recipe, tmp_path / "run", resume=True, say=quiet).model, 0.5)
     assert state["average"]["values"].keys() == fresh.state_dict()["values"].keys()

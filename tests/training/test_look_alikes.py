@@ -209,7 +209,7 @@ def test_a_table_that_failed_and_is_not_in_force_yet_keeps_nothing_from_being_sa
     alike.checkpoint_every = checkpoint_every
     stopped = train(alike, tmp_path / "run", stopped=after(6 + 2 + 30), say=quiet)
     assert stopped.interrupted
-    state = checkpoint.load(tmp_path / "run", torch.device("cpu"))
+    state = checkpoint.load(tmp_path / "run")
     assert [kept["at"] for kept in state["stage"]["sampler"]["neighbours"]] == [0]
 
 

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 import metricface
 from metricface.data.images import UnreadableImageError
-from metricface.training import assemble, checkpoint, loop, selection, stage_run, stages
+from metricface.training import assemble, checkpoint, loop, selection, stage_run, stages, update
 from metricface.training.averaging import WeightAverage
 from metricface.training.held_out import HeldOut, embed
 from metricface.training.loop import train
@@ -206,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     recipe.stages[0].learning_rate = 1e30
     with pytest.raises(TrainingDivergedError, match=r"Stage 'softmax' has diverged.*stages\.softmax\.learning_rate"):
         train(recipe, tmp_path / "run", say=quiet)
-    state = checkpoint.load(tmp_path / "run", torch.device("cpu"))
+    state = checkpoint.load(tmp_path / "run")
     assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
 
 
@@ -220,6 +221,151 @@ def test_a_stage_that_diverges_leaves_report_and_embedder_of_the_stages_before_i
     assert report["final"]["when"] == "after softmax"
     assert "Stage 'triplet' diverged" in report["notes"][0]
     assert np.isfinite(metricface.load(tmp_path / "run" / "model").embed(np.zeros((32, 32, 3), np.uint8))).all()
+
+
+def test_a_stage_that_diverges_after_better_weights_leaves_these(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.stages[1].watch.at = [0.3]
+    scripted_figures(monkeypatch, [0.1, 0.6, 0.9, 0.9])  # start, after softmax, at 40%, and once more where it is kept
+    break_weights_at(monkeypatch, 6 + 4)
+    with pytest.raises(TrainingDivergedError, match="Stage 'triplet' has diverged"):
+        train(recipe, tmp_path / "run", say=quiet)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["final"]["when"] == "triplet at 40%"
+    assert report["final"]["validation"]["map_at_r"] == 0.9
+    assert "its best weights from before that (triplet at 40%) were kept" in report["notes"][0]
+    assert np.isfinite(metricface.load(tmp_path / "run" / "model").embed(np.zeros((32, 32, 3), np.uint8))).all()
+
+
+def break_weights_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let that step of the run, counted from 1, leave weights that are not finite."""
+    taken: list[bool] = []
+
+    def apply_gradient(loss: Any, embedded: Any, optimizer: Any, *rest: Any, **by: Any) -> bool:
+        taken.append(update.apply_gradient(loss, embedded, optimizer, *rest, **by))
+        if len(taken) == step:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(torch.nan)
+        return taken[-1]
+
+    monkeypatch.setattr(stages, "apply_gradient", apply_gradient)
+
+
+def test_an_image_that_goes_away_after_the_weights_have_broken_saves_nothing_of_them(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.log_every = 100
+    break_weights_at(monkeypatch, 3)
+    real = stages._endless
+    had: list[Any] = []
+
+    def endless(loader: Any) -> Any:
+        for batch in real(loader):
+            if len(had) == 3:
+                raise UnreadableImageError("gone.png", "it has gone")
+            had.append(batch)
+            yield batch
+
+    monkeypatch.setattr(stages, "_endless", endless)
+    with pytest.raises(TrainingDivergedError, match="weights are not finite"):
+        train(recipe, tmp_path / "run", say=quiet)
+    state = checkpoint.load(tmp_path / "run")
+    assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
+
+
+def test_a_figure_that_too_few_people_support_cannot_choose_weights(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.select_by, recipe.data.synthetic_images = "tar_at_far_1e-2", 4
+    with pytest.raises(ValueError, match=r"cannot be told of 48 pairs .*data\.validation_share.* map_at_r"):
+        train(recipe, tmp_path / "run", say=quiet)
+
+
+def test_float16_that_always_overflows_is_named(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.precision, recipe.stages[0].steps = "float16", 40
+    recipe.stages[0].average = 0.5
+    moved: list[int] = []
+    monkeypatch.setattr(stages, "apply_gradient", lambda *_, **__: False)
+    monkeypatch.setattr(WeightAverage, "update", lambda *_: moved.append(1))
+    with pytest.raises(TrainingDivergedError, match="gradient in float16 has overflowed 25 times in a row"):
+        train(recipe, tmp_path / "run", say=quiet)
+    assert not moved  # steps that were not taken are not averaged
+
+
+def test_shares_that_one_step_passes_are_one_look(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.stages[1].watch = Watch(at=[0.02, 0.05, 0.1], on_regression="go_back")
+    scripted_figures(monkeypatch, [0.1, 0.6, 0.5, 0.7])
+    run = train(recipe, tmp_path / "run", say=quiet)
+    assert len(run.notes) == 1
+    assert "Going back" in run.notes[0]
+
+
+def test_after_going_back_the_learning_rate_rises_from_nothing_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.log_every, recipe.stages[1].steps, recipe.stages[1].warmup = 1, 20, 0.2
+    recipe.stages[1].watch = Watch(at=[0.5], on_regression="go_back")
+    scripted_figures(monkeypatch, [0.1, 0.6, 0.5, 0.7])
+    train(recipe, tmp_path / "run", say=quiet)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rates = [event.value for event in events.Scalars("triplet/learning_rate")]
+    assert rates[0] < 0.05 * rates[4]
+    assert rates[9] < rates[4]
+    assert rates[10] < 0.05 * 0.3 * rates[9]
+    assert rates[10] < rates[11] < rates[12] < 0.3 * rates[4]
+
+
+def test_the_speed_of_a_network_is_measured_on_no_more_images_than_it_has_had_at_once(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.stages[1].chunk = 9
+    sizes: list[int] = []
+
+    def images_per_second(_: Any, size: int, *__: Any) -> float:
+        sizes.append(size)
+        return 1.0
+
+    monkeypatch.setattr(loop, "bare_images_per_second", images_per_second)
+    train(recipe, tmp_path / "run", say=quiet)
+    assert sizes == [29, 9]
+
+
+def test_a_checkpoint_of_another_kind_of_device_says_so(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe, tmp_path / "run", stopped=after(3), say=quiet)
+    real = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda *given: real(*given) | {"device": "cuda"})
+    with pytest.raises(ValueError, match=r"was trained on cuda, .* Resume it with --device cuda"):
+        train(recipe, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_a_resumed_stage_keeps_nothing_of_the_checkpoint_in_memory(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe, tmp_path / "run", stopped=after(3), say=quiet)
+    read: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    real_load, real_step = checkpoint.load, stages._step
+
+    def load(*given: Any) -> Any:
+        state = real_load(*given)
+        tensors = [*state["model"].values(), *state["stage"]["objective"].values()]
+        read.extend(weakref.ref(tensor) for tensor in tensors)
+        return state
+
+    def step(*given: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in read))
+        return real_step(*given)
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(stages, "_step", step)
+    train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert len(read) > 20
+    assert alive[0] == 0
 
 
 def test_embeddings_too_long_to_be_squared_are_divergence_and_no_fault_of_the_data(
@@ -350,7 +496,7 @@ def test_a_run_starts_from_an_exported_embedder_of_the_same_people(recipe: Recip
     ends, begins = first.history[-1], run.history[0]
     assert begins.when == "start"
     assert begins.test["auc"] == pytest.approx(ends.test["auc"] if ends.kept else first.history[0].test["auc"])
-    assert run.notes == []
+    assert not any("trained on there" in note for note in run.notes)
     recipe.seed = 1  # other people are held out
     train(recipe, tmp_path / "third", say=said.append)
     report = json.loads((tmp_path / "third" / "report.json").read_text())
@@ -501,13 +647,13 @@ def test_after_a_regression_a_stage_goes_back_and_on_at_a_lower_learning_rate(
 
 
 @pytest.mark.parametrize("on_regression", ["go_back", "stop"])
-@pytest.mark.parametrize("steps", [7, 8, 9])
+@pytest.mark.parametrize("steps", [9, 10, 11])  # before, at and after the look
 def test_a_watched_stage_resumes_to_the_weights_of_an_uninterrupted_one(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_regression: Any, steps: int
 ) -> None:
     recipe.stages[1].watch = Watch(at=[0.3], on_regression=on_regression)
     recipe.stages[1].average = 0.9
-    figures = [0.1, 0.6, 0.5, 0.9, 0.8]
+    figures = [0.1, 0.6, 0.5, 0.4, 0.9, 0.8]  # at the look and at the end, of the weights and of their average
     scripted_figures(monkeypatch, figures)
     whole = train(recipe, tmp_path / "whole", say=quiet)
     monkeypatch.undo()
