@@ -43,16 +43,26 @@ def only(head: dict[str, Any], *, held: float = 0.0) -> Callable[[Recipe], None]
     return change
 
 
-def joined_as_it_falls(head: dict[str, Any] = COSFACE, *, weight: float = 1.0) -> Callable[[Recipe], None]:
-    """The first stage at a held learning rate; as it falls, the head and mined triplets together."""
+def as_it_falls(
+    head: dict[str, Any] = COSFACE, *, again: bool = True, weight: float | None = 1.0, **batches: Any
+) -> Callable[[Recipe], None]:
+    """The first stage at a held learning rate; as it falls, in balanced batches, the head and mined triplets together.
+
+    again: whether the head is there once more, from class means. weight: of the triplets; none: the head alone.
+    batches: options of the sampler.
+    """
 
     def change(recipe: Recipe) -> None:
         first, *_, last = recipe["stages"]
         first |= {"head": head, "share": HELD, "schedule": {"shape": "constant"}}
-        mined = {"name": "mined", "loss": last.pop("loss"), "miner": last.pop("miner"), "weight": weight}
-        last |= {"head": head, "class_means": True, "plus": [mined], "share": 1.0 - HELD, "warmup": 0.02}
         last |= {name: first[name] for name in ("learning_rate", "optimizer")}
-        last["sampler"]["options"]["identities_per_batch"] = 32
+        last |= {"share": 1.0 - HELD, "warmup": 0.02}
+        last["sampler"]["options"] |= {"identities_per_batch": 32, **batches}
+        if not again:
+            last["learning_rate"] /= 2  # of triplets alone, which have larger gradients
+            return
+        mined = {"name": "mined", "loss": last.pop("loss"), "miner": last.pop("miner"), "weight": weight}
+        last |= {"head": head, "class_means": True, "plus": [mined] if weight is not None else []}
 
     return change
 
@@ -111,7 +121,12 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "softmax": only(SOFTMAX),
     "cosface": only(COSFACE),
     "cosface_held": only(COSFACE, held=HELD),
-    "cosface_joined": joined_as_it_falls(),
+    "cosface_joined": as_it_falls(),
+    "cosface_joined_3": as_it_falls(weight=3.0),
+    "cosface_joined_10": as_it_falls(weight=10.0),
+    "cosface_joined_views": as_it_falls(identities_per_batch=64, images_per_identity=2, singletons_per_batch=0),
+    "cosface_again": as_it_falls(weight=None),
+    "triplets_as_it_falls": as_it_falls(again=False),
     "semi_hard": then("SemiHardMiner"),
     "batch_hard": then("BatchHardMiner"),
     "distance_weighted": then("DistanceWeightedMiner"),
