@@ -67,7 +67,8 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a module, with the classes of all ranks wherever it has a PartialFC; on rank 0, which is to keep it.
 
     state: `state_dict()` of the module on this rank. Every rank must call it; the others get a state without those
-    classes. Where all classes are there already nothing is sent.
+    classes. They are sent and put together in main memory (through gloo), since no device need have room for all. Where
+    all classes are there already nothing is sent.
     """
     found = dict(state)
     for name in [name for name in state if name.rpartition(".")[2] == HELD]:
@@ -76,7 +77,7 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
             continue
         for key in _per_class(name.removesuffix(HELD)):
             if key in state:
-                found[key] = gather_to_first(state[key])
+                found[key] = gather_to_first(state[key].cpu())
         found[name] = torch.tensor([0, total, total])
     return found
 
@@ -91,7 +92,8 @@ def whole_optimizer(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     for number, (mine, total) in _sharded(optimizer, module).items():
         if number in entries and len(mine) < total:
             entries[number] = {
-                name: gather_to_first(value) if _has_rows(value) else value for name, value in entries[number].items()
+                name: gather_to_first(value.cpu()) if _has_rows(value) else value
+                for name, value in entries[number].items()
             }
     return {**state, "state": entries}
 

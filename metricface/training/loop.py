@@ -111,6 +111,18 @@ def _about(start: Embedder | None, recipe: Recipe, people: People) -> list[str]:
 def _stage(run: Run, stopped: Callable[[], bool]) -> None:
     """Train one stage and keep the better of its start and its end."""
     under_way = stage_run.begin(run.index, run.recipe, run.people, run.model, run.device)
+    try:
+        _set_out(run, under_way)
+        _train(run, under_way, stopped)
+        if not run.interrupted:
+            _end(run, under_way)
+    except stages.TrainingDivergedError:
+        _give_up(run, under_way)
+        raise
+
+
+def _set_out(run: Run, under_way: stage_run.StageRun) -> None:
+    """Bring a stage to where it goes on: where a checkpoint left it, or at its beginning."""
     stage = under_way.stage
     if stage.fade is not None:
         under_way.objective.take_over(run.objective_before)
@@ -127,13 +139,6 @@ def _stage(run: Run, stopped: Callable[[], bool]) -> None:
             stages.start_from_class_means(under_way, run.people, run.model, run.device)
         under_way.mark_start()
         stages.find_look_alikes(under_way, run.model, run.class_vectors)
-    try:
-        _train(run, under_way, stopped)
-        if not run.interrupted:
-            _end(run, under_way)
-    except stages.TrainingDivergedError:
-        _give_up(run, under_way)
-        raise
 
 
 def _train(run: Run, under_way: stage_run.StageRun, stopped: Callable[[], bool]) -> None:
@@ -170,14 +175,13 @@ def _train(run: Run, under_way: stage_run.StageRun, stopped: Callable[[], bool])
             look=looked_at if run.index > 0 or run.recipe.model.start is not None else None,
             class_vectors=run.class_vectors,
         )
-    except (
-        UnreadableImageError,
-        OSError,
-    ) as error:  # an image has gone: what was trained since the last checkpoint is good
-        # Other ranks know of an image, and of nothing else: they would be waited for.
-        if not isinstance(error, checkpoint.NotWrittenError) and (
-            world_size() == 1 or isinstance(error, UnreadableImageError)
-        ):
+    except (UnreadableImageError, stages.NoLookAlikesError):  # on all ranks, and what was trained is good
+        stages.check_weights(under_way, run.model)
+        save()
+        raise
+    except OSError as error:
+        # Other ranks, which know nothing of it, would be waited for.
+        if world_size() == 1 and not isinstance(error, checkpoint.NotWrittenError):
             stages.check_weights(under_way, run.model)
             save()
         raise

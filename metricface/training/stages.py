@@ -40,6 +40,10 @@ class TrainingDivergedError(RuntimeError):
     """The loss is no longer a finite number."""
 
 
+class NoLookAlikesError(OSError):
+    """A table of look-alikes could not be computed, and no rank can go on without it."""
+
+
 def start_from_class_means(run: StageRun, people: People, model: nn.Module, device: torch.device) -> None:
     """Give the stage's heads and centres the mean embedding of each training person, under the network as it stands.
 
@@ -201,7 +205,7 @@ def _without_table(run: StageRun, error: NoTableError) -> Exception:
     """What a run stops with that cannot find look-alikes."""
     if error.diverged:
         return _diverged(run, f"look-alikes cannot be found ({error})")
-    return OSError(
+    return NoLookAlikesError(
         f"Stage {run.stage.name!r}: look-alikes cannot be found at step {run.clock.steps:,}: {error}. What was trained "
         "is saved; --resume goes on with the table before."
     )
