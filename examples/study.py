@@ -25,11 +25,9 @@ from metricface.training.recipe import budget_seconds
 
 Recipe = dict[str, Any]
 SOFTMAX = {"name": "Softmax"}
+HELD = 0.6  # the share of the budget over which the learning rate is held before it falls, where it is held at all
 COSFACE = {"name": "CosFace", "options": {"margin_cos": 0.35, "scale": 30.0}}
 FIGURES = ("recall_at_1", "map_at_r", "tar_at_far_1e-2", "tar_at_far_1e-3", "accuracy")
-
-
-HELD = 0.6  # the share of the budget over which the learning rate is held before it falls, where it is held at all
 
 
 def only(head: dict[str, Any], *, held: float = 0.0) -> Callable[[Recipe], None]:

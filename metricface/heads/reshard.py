@@ -6,7 +6,7 @@ number of ranks then reads that, each PartialFC taking its own classes from it.
 """
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ def reshard(states: Sequence[Mapping[str, Tensor]], world_size: int) -> list[dic
     `reshard_optimizer`.
     Raises ValueError where the states are not those of all classes, once each, or classes are fewer than ranks.
     """
-    states = sorted(states, key=lambda state: int(state["held"][0]))
-    num_classes = _check_complete([state["held"].tolist() for state in states])
+    states = sorted(states, key=lambda state: int(state[HELD][0]))
+    num_classes = _check_complete([state[HELD].tolist() for state in states])
     found: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
     for name, value in states[0].items():
         if name in [f"head.{parameter}" for parameter in PER_CLASS]:
             pieces = reshard_rows([state[name] for state in states], num_classes, world_size)
-        elif name == "held":
+        elif name == HELD:
             pieces = [torch.tensor([mine.start, mine.stop, num_classes]) for mine in _shards(num_classes, world_size)]
         else:
             pieces = [value.clone() for _ in range(world_size)]
@@ -56,7 +56,7 @@ def reshard_optimizer(
     found = [copy.deepcopy({**states[0], "state": dict(states[0]["state"])}) for _ in range(world_size)]
     for number in sharded:
         for name, value in states[0]["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and value.ndim:
+            if _has_rows(value):
                 pieces = reshard_rows([state["state"][number][name] for state in states], num_classes, world_size)
                 for state, piece in zip(found, pieces, strict=True):
                     state["state"][number] = {**state["state"][number], name: piece}
@@ -71,14 +71,10 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
     all classes are there already nothing is sent.
     """
     found = dict(state)
-    for name in [name for name in state if name.rpartition(".")[2] == HELD]:
-        start, stop, total = state[name].tolist()
-        if (start, stop) == (0, total):
-            continue
-        for key in _per_class(name.removesuffix(HELD)):
-            if key in state:
-                found[key] = gather_to_first(state[key].cpu())
-        found[name] = torch.tensor([0, total, total])
+    for name, mine, total, keys in _parts_in(state):
+        if len(mine) < total:
+            found |= {key: gather_to_first(state[key].cpu()) for key in keys}
+            found[name] = torch.tensor([0, total, total])
     return found
 
 
@@ -112,9 +108,7 @@ def own_optimizer(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Mod
 
 def sharded_names(module: nn.Module) -> list[str]:
     """Of the entries of `module.state_dict()`, those that are of this rank's classes wherever it has a PartialFC."""
-    state = module.state_dict()
-    found = [name for name in state if name.rpartition(".")[2] == HELD]
-    return found + [key for name in found for key in _per_class(name.removesuffix(HELD)) if key in state]
+    return [entry for name, _, _, keys in _parts_in(module.state_dict()) for entry in (name, *keys)]
 
 
 def sharded_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -129,8 +123,14 @@ def rows_of(whole: Tensor, num_classes: int, mine: range) -> Tensor:
     return whole[mine.start * each : mine.stop * each].clone()
 
 
-def _per_class(prefix: str) -> list[str]:
-    return [f"{prefix}head.{parameter}" for parameter in PER_CLASS]
+def _parts_in(state: Mapping[str, Any]) -> Iterator[tuple[str, range, int, list[str]]]:
+    """Of each PartialFC in a module's state: its entry `held`, what that says, and which entries have a row a class."""
+    for name in state:
+        prefix, _, last = name.rpartition(HELD)
+        if not last and (not prefix or prefix.endswith(".")):
+            start, stop, total = state[name].tolist()
+            keys = (f"{prefix}head.{parameter}" for parameter in PER_CLASS)
+            yield name, range(start, stop), total, [key for key in keys if key in state]
 
 
 def _has_rows(value: Any) -> bool:
@@ -140,14 +140,13 @@ def _has_rows(value: Any) -> bool:
 def _sharded(optimizer: Optimizer, module: nn.Module) -> dict[int, tuple[range, int]]:
     """By its number in the optimizer: which classes a parameter holds, and how many there are."""
     numbers = {p: n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    parameters, state = dict(module.named_parameters()), module.state_dict()
-    found = {}
-    for name in [name for name in state if name.rpartition(".")[2] == HELD]:
-        start, stop, total = state[name].tolist()
-        for key in _per_class(name.removesuffix(HELD)):
-            if parameters.get(key) in numbers:
-                found[numbers[parameters[key]]] = (range(start, stop), total)
-    return found
+    parameters = dict(module.named_parameters())
+    return {
+        numbers[parameters[key]]: (mine, total)
+        for _, mine, total, keys in _parts_in(module.state_dict())
+        for key in keys
+        if parameters[key] in numbers
+    }
 
 
 def reshard_rows(parts: Sequence[Tensor], num_classes: int, world_size: int) -> list[Tensor]:

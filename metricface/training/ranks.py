@@ -5,7 +5,7 @@ and it alone prints and writes. Everything here does nothing in a process that i
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metricface.distributed import rank, sum_over_ranks, world_size
-from metricface.heads.reshard import sharded_names, sharded_parameters
+from metricface.heads.reshard import sharded_names
 
 T = TypeVar("T")
 
@@ -106,14 +106,14 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def average_gradients(module: nn.Module) -> None:
+def average_gradients(module: nn.Module, *, but: Collection[nn.Parameter] = ()) -> None:
     """Average the gradients of a module that every rank has, over ranks; one without a gradient counts as 0.
 
-    Those of classes that are spread over ranks are whole, and stay.
+    but: parameters whose gradient is whole and stays: classes that are spread over ranks.
     """
     if world_size() == 1:
         return
-    own = set(sharded_parameters(module))
+    own = set(but)
     for parameter in (p for p in module.parameters() if p not in own):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -58,7 +58,7 @@ def look(run: Run, under_way: StageRun) -> Answer:
     now = _look_at(run, under_way, when)
     if under_way.average is not None:  # it may be better, and is what a high learning rate is for
         with under_way.average.in_place_of(run.model):
-            now = max(now, _look_at(run, under_way, f"{when}, averaged"))
+            now = max(now, _look_at(run, under_way, f"{when}, averaged", kind="_averaged"))
     if now >= before - watch.tolerance:
         return "go on"
     answers: dict[str, tuple[str, Answer]] = {
@@ -75,13 +75,12 @@ def look(run: Run, under_way: StageRun) -> Answer:
     return answer
 
 
-def _look_at(run: Run, under_way: StageRun, when: str) -> float:
+def _look_at(run: Run, under_way: StageRun, when: str, *, kind: str = "") -> float:
     """The figure of the network as it stands on validation people; the best so far is kept aside."""
     key = run.recipe.select_by
     with _divergence(under_way, when):
         figures = run.held_out[0].score(run.model, run.device).figures
     now = _number(figures[key])
-    kind = "_averaged" if when.endswith("averaged") else ""
     if run.board is not None:
         run.board.scalars(run.step, {f"{under_way.stage.name}/validation{kind}/{key}": now})
     run.say(f"{when}: validation {_brief(figures)}")

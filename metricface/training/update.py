@@ -97,7 +97,7 @@ def apply_gradient(
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     embedded.finish()
     if average is not None:
-        average_gradients(average)
+        average_gradients(average, but=sharded)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not scaler.is_enabled():
         if clip_norm is not None:

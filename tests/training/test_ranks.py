@@ -437,14 +437,14 @@ def test_per_rank_mining_trains_alike_on_all_ranks_resumes_and_says_what_it_cost
 def diverging_on_the_second_rank(folder: str) -> str:
     """What is raised where the embeddings of one rank alone are not finite."""
     real = update.embed
+    calls: list[int] = []
 
     def broken(*given: Any, **named: Any) -> Any:
         made = real(*given, **named)
-        broken.calls += 1  # type: ignore[attr-defined]
-        bad = rank() == 1 and broken.calls == 9  # type: ignore[attr-defined]
+        calls.append(1)
+        bad = rank() == 1 and len(calls) == 9
         return made._replace(embeddings=made.embeddings * torch.nan) if bad else made
 
-    broken.calls = 0  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "embed_batch", broken)
         try:
