@@ -42,12 +42,20 @@ def only(head: dict[str, Any], *, held: float = 0.0) -> Callable[[Recipe], None]
 
 
 def as_it_falls(
-    head: dict[str, Any] = COSFACE, *, again: bool = True, weight: float | None = 1.0, **batches: Any
+    head: dict[str, Any] = COSFACE,
+    *,
+    again: bool = True,
+    weight: float | None = 1.0,
+    memory: int | None = None,
+    rate: float = 1.0,
+    loss: dict[str, Any] | None = None,
+    **batches: Any,
 ) -> Callable[[Recipe], None]:
     """The first stage at a held learning rate; as it falls, in balanced batches, the head and mined triplets together.
 
     again: whether the head is there once more, from class means. weight: of the triplets; none: the head alone.
-    batches: options of the sampler.
+    memory: in batches of images as in the first stage, positives and negatives come from so many images before.
+    rate: the learning rate beside the first stage's. loss: in place of mined triplets. batches: options of the sampler.
     """
 
     def change(recipe: Recipe) -> None:
@@ -55,11 +63,17 @@ def as_it_falls(
         first |= {"head": head, "share": HELD, "schedule": {"shape": "constant"}}
         last |= {name: first[name] for name in ("learning_rate", "optimizer")}
         last |= {"share": 1.0 - HELD, "warmup": 0.02}
+        last["learning_rate"] *= rate
         last["sampler"]["options"] |= {"identities_per_batch": 32, **batches}
+        if memory is not None:
+            last |= {"sampler": first["sampler"], "memory": memory}
+        if loss is not None:
+            last["loss"], last["miner"] = loss, None
         if not again:
             last["learning_rate"] /= 2  # of triplets alone, which have larger gradients
             return
-        mined = {"name": "mined", "loss": last.pop("loss"), "miner": last.pop("miner"), "weight": weight}
+        mined = {name: last.pop(name, None) for name in ("loss", "miner", "memory")}
+        mined |= {"name": "mined", "weight": weight}
         last |= {"head": head, "class_means": True, "plus": [mined] if weight is not None else []}
 
     return change
@@ -123,6 +137,9 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "cosface_joined_3": as_it_falls(weight=3.0),
     "cosface_joined_10": as_it_falls(weight=10.0),
     "cosface_joined_views": as_it_falls(identities_per_batch=64, images_per_identity=2, singletons_per_batch=0),
+    "cosface_joined_memory": as_it_falls(memory=4096),
+    "cosface_joined_large": as_it_falls(identities_per_batch=128, rate=2.0),
+    "cosface_joined_multi_similarity": as_it_falls(loss={"name": "MultiSimilarityLoss"}),
     "cosface_again": as_it_falls(weight=None),
     "triplets_as_it_falls": as_it_falls(again=False),
     "semi_hard": then("SemiHardMiner"),
