@@ -11,13 +11,12 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from metricface.training import checkpoint
-from metricface.training.recipe import Recipe, as_dict, differences
+from metricface.training.contradictions import check_same
+from metricface.training.recipe import Recipe, as_dict
 from metricface.training.run import RECIPE
 
 RUNS = Path("runs")
 PARTS = ("sampler", "head", "loss", "miner", "optimizer")
-# Settings that change how fast a run goes or what it shows, never what it computes: free to differ on --resume.
-FREE_ON_RESUME = ("threads", "data.workers", "data.memory_mib", "log_every", "checkpoint_every", "checkpoints_kept")
 
 DESCRIPTION = """Train a face embedder and score it on people it never saw.
 
@@ -58,7 +57,7 @@ def parse(argv: Sequence[str]) -> Command:
         folder = _old_folder(resume or output)
         saved, *_ = _read(["--recipe", str(folder / RECIPE)], {})
         asked, *_ = _read(["--recipe", str(folder / RECIPE), *arguments], overrides)
-        _check_same(saved, asked, folder)
+        check_same(as_dict(saved), as_dict(asked), folder)
         return Command(asked, folder, resume=True)
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
@@ -242,12 +241,3 @@ def _old_folder(given: str | None) -> Path:
     if not runs:
         raise ValueError(f"--resume: there is no run in {RUNS}/; say which folder: --resume FOLDER.")
     return runs[-1].parent.parent
-
-
-def _check_same(saved: Recipe, asked: Recipe, folder: Path) -> None:
-    changed = [found for found in differences(saved, asked) if not found.startswith(FREE_ON_RESUME)]
-    if changed:
-        raise ValueError(
-            f"The run in {folder} was started with other settings: {'; '.join(changed)}. Leave them out to go on with "
-            "it, or start a new run in another --output."
-        )

@@ -38,11 +38,14 @@ def train(
     folder: gets the recipe, TensorBoard events, checkpoints, and at the end `report.json` and the embedder in `model/`.
     resume: go on from its checkpoint, with the recipe that it was started with. stopped: asked after every step; where
     it says so the run saves and returns with `interrupted` set. Raises ValueError for a recipe or data that cannot work
-    (before training), OSError where `folder` cannot be written, and TrainingDivergedError where a stage diverges: the
-    report and the embedder then hold the best that there was before.
+    (before training), or another recipe than the one to go on with; OSError where `folder` cannot be written; and
+    TrainingDivergedError where a stage diverges: the report and the embedder then hold the best that there was before.
     """
     contradictions.check(recipe)
     assemble.check_names(recipe)
+    if resume and (folder / RECIPE).exists():
+        saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        contradictions.check_same(saved, yaml.safe_load(_as_yaml(recipe)), folder)
     run = _prepare(recipe, folder, say, resume=resume)
     if resume:
         run.restore(checkpoint.load(folder, say))
@@ -84,8 +87,12 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], *, resume
     notes = _about(start, recipe, people)
     for line in notes:
         say(line)
-    _write(yaml.safe_dump(recipes.as_dict(recipe), sort_keys=False, allow_unicode=True), folder / RECIPE)
+    _write(_as_yaml(recipe), folder / RECIPE)
     return Run(recipe, folder, people, device, model, held_out, say, notes=notes)
+
+
+def _as_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipes.as_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def _about_ranks(recipe: Recipe) -> str:

@@ -335,7 +335,7 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Dotted names of the settings in which two recipes (or parts of them) differ."""
+    """Dotted names of the settings in which two recipes, or parts of them, or both as plain values, differ."""
     if is_dataclass(a) and type(a) is type(b):
         return [
             found
@@ -345,11 +345,11 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [found for x, y in zip(a, b, strict=True) for found in differences(x, y, f"{path}.{_called(x, y)}")]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{path}.{key}")]
+        return [found for key in a for found in differences(a[key], b[key], f"{path}.{key}".lstrip("."))]
     return [] if a == b else [f"{path} ({a!r} against {b!r})"]
 
 
 def _called(a: Any, b: Any) -> str:
     """What users call an item of a list of stages or terms."""
-    names = [getattr(item, "name", "?") for item in (a, b)]
+    names = [item.get("name", "?") if isinstance(item, dict) else getattr(item, "name", "?") for item in (a, b)]
     return str(names[0]) if names[0] == names[1] else f"{names[0]}/{names[1]}"

@@ -98,6 +98,19 @@ def test_miners_with_chance_draw_after_a_resume_what_they_would_have_drawn(
     assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
 
 
+def test_a_run_does_not_go_on_with_another_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "run", stopped=lambda: True, say=quiet)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    recipe.stages[0].learning_rate *= 2
+    name = recipe.stages[0].name
+    with pytest.raises(ValueError, match=rf"started with other settings: stages\.{name}\.learning_rate \("):
+        train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
+    recipe.stages[0].learning_rate /= 2
+    recipe.log_every += 1  # what changes nothing of the result is free
+    assert not train(recipe, tmp_path / "run", resume=True, say=quiet).interrupted
+
+
 def test_a_memory_goes_on_after_a_resume_with_what_it_held(recipe: Recipe, tmp_path: Path) -> None:
     recipe.stages[1].memory = 40
     whole = train(recipe, tmp_path / "whole", say=quiet)
