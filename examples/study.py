@@ -3,6 +3,7 @@
     python examples/study.py examples/recipes/lfw.yaml --budget 180s --seeds 0 1 -- --data.train FOLDER
     python examples/study.py examples/recipes/lfw.yaml --share_first_stage --variants recipe look_alikes_50 -- ...
     python examples/study.py examples/recipes/lfw.yaml --steps 600 3000 --variants small_batches -- ...
+    python examples/study.py --variants default_softmax default_arcface    (no recipe: the built-in faces)
 
 Variants share the recipe's data, network, first stage and budget, and differ in what happens to them. Runs go one after
 another to OUTPUT/VARIANT-SEED; those whose report exists are not run again, so an interrupted study can be continued.
@@ -21,13 +22,26 @@ from typing import Any
 
 import yaml
 
-from metricface.training.recipe import budget_seconds
+from metricface.training import recipe as recipes
 
 Recipe = dict[str, Any]
 SOFTMAX = {"name": "Softmax"}
 HELD = 0.6  # the share of the budget over which the learning rate is held before it falls, where it is held at all
 COSFACE = {"name": "CosFace", "options": {"margin_cos": 0.35, "scale": 30.0}}
+ARCFACE = {"name": "ArcFace"}
 FIGURES = ("recall_at_1", "map_at_r", "tar_at_far_1e-2", "tar_at_far_1e-3", "accuracy")
+
+
+def default(head: dict[str, Any]) -> Callable[[Recipe], None]:
+    """The stages that `metricface-train` has without a recipe, with this head in each of them."""
+
+    def change(recipe: Recipe) -> None:
+        recipe["stages"] = recipes.as_dict(recipes.Recipe())["stages"]
+        for stage in recipe["stages"]:
+            for part in (stage, *stage["plus"]):
+                part["head"] = head if part["head"] is not None else None
+
+    return change
 
 
 def only(head: dict[str, Any], *, held: float = 0.0) -> Callable[[Recipe], None]:
@@ -130,6 +144,8 @@ def small_batches(batches: Callable[[Recipe], None] = lambda recipe: None) -> Ca
 
 VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "recipe": lambda recipe: None,
+    "default_softmax": default(SOFTMAX),
+    "default_arcface": default(ARCFACE),
     "softmax": only(SOFTMAX),
     "cosface": only(COSFACE),
     "cosface_held": only(COSFACE, held=HELD),
@@ -137,6 +153,9 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "cosface_joined_3": as_it_falls(weight=3.0),
     "cosface_joined_10": as_it_falls(weight=10.0),
     "cosface_joined_views": as_it_falls(identities_per_batch=64, images_per_identity=2, singletons_per_batch=0),
+    "cosface_joined_count": as_it_falls(
+        identities_per_batch=43, images_per_identity=2, singletons_per_batch=42, identity_weights="count"
+    ),
     "cosface_joined_memory": as_it_falls(memory=4096),
     "cosface_joined_large": as_it_falls(identities_per_batch=128, rate=2.0),
     "cosface_joined_multi_similarity": as_it_falls(loss={"name": "MultiSimilarityLoss"}),
@@ -161,7 +180,7 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--budget", default="180s", help="training time of each run")
     parser.add_argument("--steps", type=int, nargs="+", help="of each stage, in place of a budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -174,7 +193,7 @@ def main() -> None:
     reports: dict[str, list[Recipe]] = {}
     for seed in arguments.seeds:
         for variant in arguments.variants:
-            recipe = yaml.safe_load(arguments.recipe.read_text()) | {"budget": arguments.budget, "seed": seed}
+            recipe = read(arguments.recipe) | {"budget": arguments.budget, "seed": seed}
             VARIANTS[variant](recipe)
             if arguments.steps:
                 _in_steps(recipe, arguments.steps)
@@ -182,6 +201,11 @@ def main() -> None:
                 recipe = after_first_stage(recipe, arguments.output, settings)
             reports.setdefault(variant, []).append(run(recipe, arguments.output / f"{variant}-{seed}", settings))
     print(table(reports, since=0 if arguments.share_first_stage else 1))
+
+
+def read(path: Path | None) -> Recipe:
+    found: Recipe = yaml.safe_load(path.read_text()) if path else recipes.as_dict(recipes.Recipe())
+    return found
 
 
 def after_first_stage(recipe: Recipe, output: Path, settings: list[str]) -> Recipe:
@@ -196,7 +220,7 @@ def after_first_stage(recipe: Recipe, output: Path, settings: list[str]) -> Reci
         run(recipe | {"stages": [first]}, folder, settings)
         return recipe | {"stages": rest, "model": model | {"start": str(folder / "model")}}
     shares = [stage["share"] for stage in recipe["stages"]]
-    seconds = budget_seconds(recipe["budget"])
+    seconds = recipes.budget_seconds(recipe["budget"])
     budgets = [f"{seconds * part / sum(shares):.1f}s" for part in (shares[0], sum(shares[1:]))]
     folder = output / f"first-{budgets[0]}-{recipe['seed']}"
     run(recipe | {"stages": [first], "budget": budgets[0]}, folder, settings)

@@ -158,7 +158,7 @@ def test_an_unknown_stage_is_an_error_that_lists_the_stages(capsys: pytest.Captu
         (["--stages.triplet.name.x", "3"], "name holds one value"),
         (
             ["--stages.triplet.plus.centre.weight", "3"],
-            "no further term of that name (it has: none). To add it, give it",
+            "no further term of that name (it has: classes). To add it, give it",
         ),
         (["--stages.triplet.plus.centre", "3"], "say which setting of the term, such as plus.centre.weight"),
         (["--stages.triplet.plus.centre.loss", "X", "--stages.triplet.plus.centre.wait", "3"], "'wait'"),
@@ -208,7 +208,7 @@ def test_resume_without_a_folder_takes_the_newest_run_or_the_output() -> None:
 def test_resume_with_other_settings_is_an_error_that_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     written("out")
     text = message(["--resume", "out", "--stages.triplet.learning_rate", "9"], capsys)
-    assert "stages.triplet.learning_rate (0.05 against 9.0)" in text
+    assert "stages.triplet.learning_rate (0.1 against 9.0)" in text
 
 
 def test_resume_with_another_weight_or_schedule_is_an_error_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,7 +117,7 @@ def test_a_stage_is_the_sum_of_its_own_part_and_its_further_terms() -> None:
     made = stage(plus=[term(weight=0.1), term("centre")])
     assert [(one.name, one.weight) for one in made.terms()] == [("head", 1.0), ("triplet", 0.1), ("centre", 1.0)]
     assert made.terms()[0].head == made.head
-    assert Recipe().stages[1].terms()[0].miner == Component("BatchHardMiner")
+    assert Recipe().stages[1].terms()[0].miner == Component("DistanceWeightedMiner")
 
 
 def test_a_head_in_a_further_term_can_start_from_class_means() -> None:
@@ -146,5 +146,5 @@ def test_differences_in_terms_and_schedules_are_named_by_term_and_number() -> No
 
 def test_a_recipe_becomes_plain_values() -> None:
     plain = as_dict(Recipe())
-    assert plain["stages"][1]["miner"] == {"name": "BatchHardMiner", "options": {}}
+    assert plain["stages"][1]["miner"] == {"name": "DistanceWeightedMiner", "options": {}}
     assert plain["data"]["augmentation"]["flip"] is True
