@@ -67,7 +67,7 @@ def as_it_falls(
 ) -> Callable[[Recipe], None]:
     """The first stage at a held learning rate; as it falls, in balanced batches, the head and mined triplets together.
 
-    again: whether the head is there once more, from class means. weight: of the triplets; none: the head alone.
+    again: whether the head goes on. weight: of the triplets; none: the head alone.
     memory: in batches of images as in the first stage, positives and negatives come from so many images before.
     rate: the learning rate beside the first stage's. loss: in place of mined triplets. batches: options of the sampler.
     """
@@ -88,7 +88,7 @@ def as_it_falls(
             return
         mined = {name: last.pop(name, None) for name in ("loss", "miner", "memory")}
         mined |= {"name": "mined", "weight": weight}
-        last |= {"head": head, "class_means": True, "plus": [mined] if weight is not None else []}
+        last |= {"head": head, "keep_head": True, "plus": [mined] if weight is not None else []}
 
     return change
 

@@ -144,7 +144,8 @@ class Head(nn.Module, ABC):
         """Set each class's weights to the mean of its embeddings, for a warm start of the head on a trained network.
 
         embeddings: (N, D) as the network gives them, on any device; labels: (N,) integers in [0, C). Heads that divide
-        by lengths average directions: the mean of unit rows, scaled to the length that the weights have had on average.
+        by lengths average directions: the mean of unit rows, scaled to the length that the weights have had on average,
+        or to 1 where that was less.
         Returns how many classes have no embedding (or a mean of zero); their weights stay. Raises ValueError as
         `forward` does.
         """
@@ -171,7 +172,7 @@ class Head(nn.Module, ABC):
         if self.unit_classes:
             inverse = inverse_lengths(means)
             length = self.classes.mean_length(self)
-            length = torch.where(length > 0, length, 1.0)
+            length = length.clamp_min(1.0)  # a step turns vectors as short as new ones the farther, at any rate
             means, found = means.mul_(inverse[:, None] * length), found & (inverse > 0)
         return means, found
 

@@ -94,8 +94,9 @@ def describe(batches: Sampler) -> str:
 
 
 def ignore_interrupts(_: int) -> None:
-    """For workers: Ctrl-C reaches the whole group of processes, and it is the trainer that ends the run."""
+    """For workers: Ctrl-C, or a scheduler's SIGTERM, reaches all processes, and it is the trainer that ends the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def loader(images: ImageSet, batches: Sampler, workers: int, on: torch.device) -> DataLoader[ImageBatch]:

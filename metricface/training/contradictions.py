@@ -9,7 +9,10 @@ from metricface.training.recipe import Recipe, Stage, Term, Watch, budget_second
 # Losses that keep a vector for each class, which can start from class means.
 WITH_CENTRES = ("CenterLoss", "ContrastiveCenterLoss", "DeepID2Loss")
 # Settings that change how fast a run goes or what it shows, never what it computes: free to differ when it goes on.
-FREE_ON_RESUME = ("threads", "data.workers", "data.memory_mib", "log_every", "checkpoint_every", "checkpoints_kept")
+FREE_ON_RESUME = (
+    *("threads", "data.workers", "data.memory_mib", "log_every", "checkpoint_every", "checkpoints_kept"),
+    "device",  # of the same kind, which the checkpoint knows
+)
 
 
 def check(recipe: Recipe) -> None:
@@ -28,6 +31,7 @@ def check(recipe: Recipe) -> None:
                 f"Stage {stage.name!r} has a memory, which holds the images of all ranks; leave mining: per_rank out."
             )
         _check_fade(recipe, index)
+        _check_kept_heads(recipe, index)
     if recipe.compile and recipe.recompute:
         raise ValueError("torch.compile decides itself what to recompute; leave compile or recompute out.")
     for name in ("threads", "log_every", "checkpoint_every", "checkpoints_kept"):
@@ -93,6 +97,20 @@ def _check_fade(recipe: Recipe, index: int) -> None:
         raise ValueError(
             f"{where}: objectives on the pairs of a PairBatchSampler and on other batches cannot share batches."
         )
+
+
+def _check_kept_heads(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not stage.keep_head:
+        return
+    if stage.class_means:
+        raise ValueError(f"Stage {stage.name!r}: heads start from class_means or go on (keep_head); leave one out.")
+    if index == 0:
+        raise ValueError(f"Stage {stage.name!r} has keep_head, but there is no stage before it. Leave it out.")
+    try:
+        stage.kept_heads(recipe.stages[index - 1])
+    except ValueError as error:
+        raise ValueError(f"Stage {stage.name!r}: {error}") from error
 
 
 def _check_watch(where: str, watch: Watch) -> None:

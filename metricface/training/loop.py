@@ -142,10 +142,22 @@ def _set_out(run: Run, under_way: stage_run.StageRun) -> None:
             run.note(f"Stage {stage.name!r} has nothing to fade from: the stage before it was not kept.")
         run.start_weights = _copy(run.model)
         run.say(f"stage {stage.name}: {batches.describe(under_way.sampler)}")
-        if stage.class_means:
-            stages.start_from_class_means(under_way, run.people, run.model, run.device)
+        _start_heads(run, under_way)
         under_way.mark_start()
         stages.find_look_alikes(under_way, run.model, run.class_vectors)
+
+
+def _start_heads(run: Run, under_way: stage_run.StageRun) -> None:
+    stage, before = under_way.stage, run.objective_before
+    if stage.keep_head and before is not None:
+        under_way.objective.go_on_with(before, stage.kept_heads(run.recipe.stages[run.index - 1]))
+        if stage.fade is None:
+            run.objective_before = None
+        return
+    if stage.keep_head:
+        run.note(f"Stage {stage.name!r}: the stage before it was not kept; heads start from class means.")
+    if stage.class_means or stage.keep_head:
+        stages.start_from_class_means(under_way, run.people, run.model, run.device)
 
 
 def _train(run: Run, under_way: stage_run.StageRun, stopped: Callable[[], bool]) -> None:
@@ -205,7 +217,7 @@ def _end(run: Run, under_way: stage_run.StageRun) -> None:
         later = run.recipe.stages[run.index + 1 :]
         if any(other.look_alikes is not None and other.look_alikes.source == "head" for other in later):
             run.class_vectors = stages.class_weights(under_way) or run.class_vectors
-        if run.index + 1 < len(run.recipe.stages) and run.recipe.stages[run.index + 1].fade is not None:
+        if later and (later[0].fade is not None or later[0].keep_head):
             run.objective_before = copy.deepcopy(under_way.objective.state_dict())
     run.index += 1
     run.save()

@@ -197,10 +197,20 @@ class SumObjective(nn.Module):
         if state is None:
             self._fade = 0.0
             return
-        number = len(self._own)
-        for place, part in enumerate(list(self._registered)[number:]):
+        self.go_on_with(state, {name: place for place, name in enumerate(list(self.parts)[len(self._own) :])})
+
+    def go_on_with(self, state: Mapping[str, Tensor], places: Mapping[str, int]) -> None:
+        """Give each of these parts the state that the part at this place had in the sum of the stage before.
+
+        state: of that sum's `state_dict`. Raises ValueError where a part has other sizes.
+        """
+        for name, place in places.items():
             prefix = f"_registered.{place}."
-            part.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            try:
+                self.parts[name].load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(f"{name} cannot go on from the stage before, of other options: {error}") from error
 
     def follow(self, progress: float) -> dict[str, float]:
         """Set every scheduled number to its value at a share `progress` of the stage; return the values by key."""

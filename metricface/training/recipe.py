@@ -190,6 +190,8 @@ class Stage:
             `TERM.margin` of a further term's head or loss; `weight` is a term's factor in the sum.
         class_means: Whether heads and centres start from the mean embedding of each training person, under the network
             as it is then.
+        keep_head: Whether heads go on with the class vectors, and whatever else it has learned, of the head of that
+            name in the stage before; else they are new. Where that stage was not kept: as `class_means`.
         share: Of the recipe's budget, in proportion to the other stages' shares.
         epochs: Length where the recipe has no budget; or give steps.
         steps: Likewise.
@@ -223,6 +225,7 @@ class Stage:
     plus: list[Term] = field(default_factory=list)
     schedules: dict[str, Schedule] = field(default_factory=dict)
     class_means: bool = False
+    keep_head: bool = False
     share: float = 1.0
     epochs: float | None = None
     steps: int | None = None
@@ -251,9 +254,35 @@ class Stage:
         main = Term(name, self.head, self.partial_fc, self.loss, self.miner, self.memory)
         return [main, *self.plus]
 
+    def kept_heads(self, before: "Stage") -> dict[str, int]:
+        """For each term with a head: which of the terms of the stage before has the head that it goes on with.
+
+        A head of the same name, spread over ranks or not, as here; of several that of the same term, else the first.
+        Raises ValueError where there is none.
+        """
+        found = {}
+        for term in self.terms():
+            if term.head is None:
+                continue
+            alike = [
+                (other.name != term.name, place)
+                for place, other in enumerate(before.terms())
+                if other.head is not None
+                and other.head.name == term.head.name
+                and (other.partial_fc is None) == (term.partial_fc is None)
+            ]
+            if not alike:
+                raise ValueError(
+                    f"{term.head.name} of its term {term.name!r} is to go on with the head of the stage before "
+                    f"(keep_head), but {before.name!r} has no such head. Give both stages the same head, or set "
+                    "keep_head to false."
+                )
+            found[term.name] = min(alike)[1]
+        return found
+
 
 def default_stages() -> list[Stage]:
-    """A head (CosFace) at a held learning rate; as the rate falls, that head again and mined triplets together.
+    """A head (CosFace) at a held learning rate; as the rate falls, that head and mined triplets together.
 
     The triplets join in while the network still learns: once the rate has come down to 0 the training people are known
     by heart, and a further stage has little to add (figures in examples/guides/staged_training.md).
@@ -276,7 +305,7 @@ def default_stages() -> list[Stage]:
             miner=Component("DistanceWeightedMiner"),
             loss=Component("TripletLoss", {"margin": 0.3}),
             plus=[Term("classes", head=_cosface())],
-            class_means=True,
+            keep_head=True,
             share=0.4,
             warmup=0.02,
             optimizer=_sgd(),
@@ -362,14 +391,19 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
             for f in fields(a)
             for found in differences(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}".lstrip("."))
         ]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(map(_is_named, (*a, *b))):
         return [found for x, y in zip(a, b, strict=True) for found in differences(x, y, f"{path}.{_called(x, y)}")]
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{path}.{key}".lstrip("."))]
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = {**a, **b}
+        return [found for key in keys for found in differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))]
     return [] if a == b else [f"{path} ({a!r} against {b!r})"]
+
+
+def _is_named(item: Any) -> bool:
+    return "name" in item if isinstance(item, dict) else is_dataclass(item)
 
 
 def _called(a: Any, b: Any) -> str:
     """What users call an item of a list of stages or terms."""
-    names = [item.get("name", "?") if isinstance(item, dict) else getattr(item, "name", "?") for item in (a, b)]
+    names = [item["name"] if isinstance(item, dict) else item.name for item in (a, b)]
     return str(names[0]) if names[0] == names[1] else f"{names[0]}/{names[1]}"

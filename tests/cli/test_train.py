@@ -14,8 +14,12 @@ import pytest
 import yaml
 
 import metricface
+from metricface.cli.arguments import parse
 from metricface.cli.train import INTERRUPTED, main
+from metricface.data.images import MemoryImages, Preprocessing
 from metricface.training import stages
+from metricface.training.assemble import check_names, rehearse
+from metricface.training.contradictions import check
 from tests.folders import write_people
 
 ROOT = Path(__file__).parents[2]
@@ -170,11 +174,41 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint_and_resume_goes_on(number: signal
     assert Path("out/report.json").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="groups of processes")
+def test_a_signal_to_the_whole_group_of_processes_ends_cleanly_too() -> None:
+    """As a scheduler sends it, or `timeout`: to the workers that read images as well."""
+    write_people(Path("faces"), 24, 4)
+    settings = ["--data.train", "faces", "--data.memory_mib", "0", "--data.workers", "2", "--budget", "120s"]
+    command = [sys.executable, "-m", "metricface.cli.train", *SHORT, *settings, "--output", "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, text=True, start_new_session=True) as run:
+        _wait_for_training()
+        time.sleep(1.0)
+        os.killpg(run.pid, signal.SIGTERM)
+        printed, errors = run.communicate(timeout=60)
+    assert run.returncode == INTERRUPTED, errors
+    assert "metricface-train --resume out" in printed
+    assert "Traceback" not in errors
+
+
 def _wait_for_training() -> None:
     deadline = time.monotonic() + 60
     while not list(Path("out").glob("checkpoints/*.pt")):
         assert time.monotonic() < deadline, "the run wrote no first checkpoint"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "examples" / "recipes").glob("*.yaml"))])
+def test_every_shipped_recipe_can_be_read_and_its_parts_go_together(name: str) -> None:
+    recipe = parse([str(ROOT / "examples" / "recipes" / f"{name}.yaml"), "--output", "out"]).recipe
+    check(recipe)
+    check_names(recipe)
+    labels = np.arange(300).repeat(4)
+    images = MemoryImages(
+        np.zeros((1200, 8, 8, 3), np.uint8), [f"{i:03d}" for i in range(300)], labels, [""] * 1200, Preprocessing(8, 8)
+    )
+    rehearse(recipe, images)
 
 
 def test_the_shipped_recipes_run_on_folders_of_their_layout() -> None:

@@ -22,12 +22,17 @@ def test_a_head_started_from_class_means_classifies_well_separated_classes(kind:
     assert torch.isfinite(head(x, labels))
 
 
-def test_unit_heads_take_the_mean_direction_and_keep_the_length_of_their_weights() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_unit_heads_take_the_mean_direction_and_keep_the_length_of_trained_weights(trained: bool) -> None:
     x = torch.tensor([[3.0, 0.0], [0.0, 0.1], [-2.0, 0.0]])
     head = heads.CosFace(3, 2)
+    with torch.no_grad():
+        head.weight.mul_(500.0 if trained else 1.0)
     before = head.weight.detach().clone()
     assert head.class_weights_from(x, torch.tensor([0, 0, 1])) == 1
     length = before.norm(dim=1).mean()
+    assert trained == (float(length) > 1.0)
+    length = length if trained else torch.tensor(1.0)
     assert torch.allclose(head.weight[0], torch.tensor([0.5, 0.5]).sqrt() * length)  # each image counts alike
     assert torch.allclose(head.weight[1], torch.tensor([-1.0, 0.0]) * length)
     assert torch.equal(head.weight[2], before[2])  # without an image

@@ -36,6 +36,12 @@ def eventful(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def wait_for_a_new_checkpoint(child: multiprocessing.process.BaseProcess, folder: Path) -> None:
+    before = checkpoint.newest(folder)
+    while child.is_alive() and checkpoint.newest(folder) == before:
+        time.sleep(0.001)
+
+
 def go_on(recipe: Recipe, folder: Path) -> Run:
     return train(recipe, folder, resume=checkpoint.newest(folder) is not None, say=quiet)
 
@@ -54,23 +60,26 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(recipe: Recipe,
     took = time.monotonic() - since
     folder, drawn = tmp_path / "run", random.Random(kills)
     forks = multiprocessing.get_context("fork")
-    left = kills
-    while left:
+    reached = []
+    for kill in range(kills):
         child = forks.Process(target=_in_a_process_of_its_own, args=(recipe, folder))
         child.start()
-        # Each one gets some way, on average a part of the run that leaves enough for all kills.
-        child.join(drawn.uniform(0.0, 1.0) * (0.5 + 2.0 * took / kills))
+        # Every second one gets some way, of which enough is left for all kills; others may still be reading.
+        if kill % 2:
+            wait_for_a_new_checkpoint(child, folder)
+        child.join(drawn.uniform(0.0, took / kills))
         if child.exitcode is not None:
             assert child.exitcode == 0
             break
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        left -= 1
+        reached.append(checkpoint.newest(folder))
         for file in (folder / checkpoint.FOLDER).glob("*.pt"):
             assert checkpoint._read(file) is not None
     resumed = go_on(recipe, folder)
-    assert left < kills
+    assert len(reached) > kills / 2
+    assert len(set(reached) - {None}) > len(reached) / 4, "runs were killed before they had come anywhere"
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     assert [vars(moment) for moment in whole.history] == [vars(moment) for moment in resumed.history]

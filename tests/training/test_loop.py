@@ -111,6 +111,17 @@ def test_a_run_does_not_go_on_with_another_recipe(recipe: Recipe, tmp_path: Path
     assert not train(recipe, tmp_path / "run", resume=True, say=quiet).interrupted
 
 
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
+def test_a_run_in_epochs_resumes_to_the_bit(recipe: Recipe, tmp_path: Path, optimizer: str) -> None:
+    for stage in recipe.stages:
+        stage.steps, stage.epochs = None, 1.5
+        stage.optimizer, stage.learning_rate = Component(optimizer), 0.001
+    whole = train(recipe, tmp_path / "whole", say=quiet)
+    steps = [stage["steps"] for stage in whole.stage_reports]
+    assert train(recipe, tmp_path / "run", stopped=after(steps[0] + steps[1] // 2), say=quiet).interrupted
+    assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
+
+
 def test_a_memory_goes_on_after_a_resume_with_what_it_held(recipe: Recipe, tmp_path: Path) -> None:
     recipe.stages[1].memory = 40
     whole = train(recipe, tmp_path / "whole", say=quiet)

@@ -25,6 +25,7 @@ from metricface.evaluation import retrieval
 from metricface.heads import Softmax
 from metricface.heads.partial_fc import PartialFC
 from metricface.heads.reshard import sharded_parameters
+from metricface.miners import CurriculumMiner
 from metricface.models import build
 from metricface.models.layers import freeze_statistics
 from metricface.training import assemble, checkpoint, loop, ranks, selection, stage_run, stages, update
@@ -78,6 +79,9 @@ def trunk() -> nn.Module:
 def goal(kind: str, name: str) -> SumObjective:
     torch.manual_seed(2)
     made = assemble.objective(stage(kind, name), RECIPE, 5).double()
+    for module in made.modules():
+        if isinstance(module, CurriculumMiner):
+            module.steps = 4  # on its way from one miner to the other, with draws for each anchor
     made.follow(0.0)
     return made
 

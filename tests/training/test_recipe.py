@@ -141,7 +141,10 @@ def test_differences_in_terms_and_schedules_are_named_by_term_and_number() -> No
     ]
     other.stages[0].schedules = {}
     other.stages[0].plus = []
-    assert [found.split(" ")[0] for found in differences(one, other)] == ["stages.only.plus", "stages.only.schedules"]
+    assert [found.split(" ")[0] for found in differences(one, other)] == [
+        "stages.only.plus",
+        "stages.only.schedules.triplet.margin",
+    ]
 
 
 def test_a_recipe_becomes_plain_values() -> None:
