@@ -12,6 +12,7 @@ With --share_first_stage the first stage of the recipe is trained once a seed an
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from metricface.training import checkpoint
 from metricface.training import recipe as recipes
 
 Recipe = dict[str, Any]
@@ -83,6 +85,7 @@ def as_it_falls(
             last |= {"sampler": first["sampler"], "memory": memory}
         if loss is not None:
             last["loss"], last["miner"] = loss, None
+        last |= {"plus": [], "keep_head": False}
         if not again:
             last["learning_rate"] /= 2  # of triplets alone, which have larger gradients
             return
@@ -99,6 +102,7 @@ def then(miner: str, head: dict[str, Any] = SOFTMAX) -> Callable[[Recipe], None]
     def change(recipe: Recipe) -> None:
         recipe["stages"][0]["head"] = head
         last = recipe["stages"][-1]
+        last |= {"plus": [], "keep_head": False}
         if last.get("miner", {}).get("name") != miner:
             last["miner"] = {"name": miner}
 
@@ -111,6 +115,7 @@ def look_alikes(share: float, neighbourhood: int = 4, **tables: Any) -> Callable
     def change(recipe: Recipe) -> None:
         last = recipe["stages"][-1]
         options = last["sampler"]["options"] | {"look_alike_share": share, "neighbourhood": neighbourhood}
+        options.pop("identity_weights", None)
         last["sampler"] = {"name": "LookAlikeBatchSampler", "options": options}
         last["look_alikes"] = tables or None
 
@@ -211,18 +216,24 @@ def read(path: Path | None) -> Recipe:
 def after_first_stage(recipe: Recipe, output: Path, settings: list[str]) -> Recipe:
     """The recipe without its first stage, going on from that stage's weights; they are trained where nobody has yet.
 
-    A first stage is known by its length and its seed: variants with another share of it have one of their own.
+    A first stage is known by all its settings and the seed: variants with another one have one of their own. Its head
+    is not among the weights: heads that would have gone on start from class means.
     """
     first, *rest = recipe["stages"]
+    if not rest:
+        raise SystemExit("With --share_first_stage all variants need a second stage; leave out those that have one.")
+    if rest[0].pop("keep_head", False):
+        rest[0]["class_means"] = True
     model = recipe.get("model", {})
+    known = hashlib.sha256(yaml.safe_dump(first).encode()).hexdigest()[:8]
     if recipe["budget"] is None:
-        folder = output / f"first-{first['steps']}-steps-{recipe['seed']}"
+        folder = output / f"first-{known}-{recipe['seed']}"
         run(recipe | {"stages": [first]}, folder, settings)
         return recipe | {"stages": rest, "model": model | {"start": str(folder / "model")}}
     shares = [stage["share"] for stage in recipe["stages"]]
     seconds = recipes.budget_seconds(recipe["budget"])
     budgets = [f"{seconds * part / sum(shares):.1f}s" for part in (shares[0], sum(shares[1:]))]
-    folder = output / f"first-{budgets[0]}-{recipe['seed']}"
+    folder = output / f"first-{known}-{budgets[0]}-{recipe['seed']}"
     run(recipe | {"stages": [first], "budget": budgets[0]}, folder, settings)
     return recipe | {"stages": rest, "budget": budgets[1], "model": model | {"start": str(folder / "model")}}
 
@@ -241,25 +252,34 @@ def run(recipe: Recipe, folder: Path, settings: list[str]) -> Recipe:
         varied = folder.with_suffix(".yaml")
         varied.write_text(yaml.safe_dump(recipe, sort_keys=False))
         command = [sys.executable, "-m", "metricface.cli.train", str(varied), "--output", str(folder), *settings]
+        if checkpoint.newest(folder) is not None:  # it was interrupted
+            command = [sys.executable, "-m", "metricface.cli.train", "--resume", str(folder)]
         subprocess.run(command, check=True)
     report: Recipe = json.loads((folder / "report.json").read_text())
     return report
 
 
 def table(reports: dict[str, list[Recipe]], since: int = 1) -> str:
-    """A Markdown table of test figures from evaluation `since` on: mean over seeds, and half the range between them."""
+    """A Markdown table of test figures from evaluation `since` on: mean over seeds, and half the range between them.
+
+    Of the ends of stages: a seed whose best weights were seen in a stage's middle has been scored there as well.
+    """
     head = ("variant", "when", *FIGURES)
     lines = [" | ".join(head), "|".join("---" for _ in head)]
     for variant, found in reports.items():
-        for moment in range(since, len(found[0]["history"])):
-            figures = [report["history"][moment]["test"] for report in found]
-            cells = [spread([one[name] for one in figures]) for name in FIGURES]
-            lines.append(" | ".join((variant, found[0]["history"][moment]["when"], *cells)))
+        by_moment = [{moment["when"]: moment["test"] for moment in report["history"][since:]} for report in found]
+        for when in [when for when in by_moment[0] if all(when in moments for moments in by_moment)]:
+            cells = [spread([moments[when][name] for moments in by_moment]) for name in FIGURES]
+            lines.append(" | ".join((variant, when, *cells)))
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+def spread(values: list[float | None]) -> str:
+    """Mean and half the range; a dash where too few pairs support the figure with one of the seeds."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    return f"{statistics.mean(known):.3f} ± {(max(known) - min(known)) / 2:.3f}"
 
 
 if __name__ == "__main__":
