@@ -327,14 +327,15 @@ def test_the_rows_of_all_ranks_stand_as_in_one_process_so_that_draws_follow_them
 
 
 def with_partial_fc(rate: float | None, head: str = "CosFace", **options: Any) -> dict[str, Any]:
-    """Everything that reaches for a head: a schedule, class means, clipping, a term beside it, fading into a stage."""
+    """Everything that reaches for a head: a schedule, class means, clipping, a term that keeps it, fading in."""
     stages = plain_recipe().stages
     for stage in stages:
         stage.clip_norm = 0.7
     stages[0].head, stages[0].partial_fc, stages[0].class_means = Component(head, options), rate, True
     stages[0].schedules = {"head.margin_cos": Schedule("ramp", [[0.0, 0.0], [0.5, 0.35]])} if head == "CosFace" else {}
     stages[1].fade, stages[1].watch.on_regression = 0.6, "go_back"
-    stages[1].plus = [Term("second", head=Component("ArcFace"), partial_fc=rate, weight=0.1)]
+    stages[1].plus = [Term("second", head=Component(head, options), partial_fc=rate, weight=0.1)]
+    stages[1].keep_head = True
     return {"stages": stages}
 
 
