@@ -41,8 +41,8 @@ def train(
     (before training), or another recipe than the one to go on with; OSError where `folder` cannot be written; and
     TrainingDivergedError where a stage diverges: the report and the embedder then hold the best that there was before.
     """
-    contradictions.check(recipe)
     assemble.check_names(recipe)
+    contradictions.check(recipe)
     if resume and (folder / RECIPE).exists():
         saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
         contradictions.check_same(saved, yaml.safe_load(_as_yaml(recipe)), folder)

@@ -158,6 +158,7 @@ def test_a_full_disk_ends_a_run_with_the_reason_and_its_last_checkpoint_goes_on(
 def test_a_run_does_not_go_on_with_other_images(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "run", stopped=after(3), say=quiet)
     recipe.data.synthetic_images = 7
+    (tmp_path / "run" / "recipe.yaml").unlink()  # which would say that it is another recipe
     with pytest.raises(ValueError, match="images have changed"):
         train(recipe, tmp_path / "run", resume=True, say=quiet)
 
