@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from metricface.training import checkpoint
-from metricface.training.contradictions import check_same
+from metricface.training.comparison import check_same
 from metricface.training.recipe import Recipe, as_dict
 from metricface.training.run import RECIPE
 

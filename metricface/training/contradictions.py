@@ -1,18 +1,11 @@
-"""What in a recipe contradicts itself, or the run that is to go on with it; found before any image is read."""
+"""What in a recipe contradicts itself, found before any image is read."""
 
 import math
-from pathlib import Path
-from typing import Any
 
-from metricface.training.recipe import Recipe, Stage, Term, Watch, budget_seconds, differences
+from metricface.training.recipe import Recipe, Stage, Term, Watch, budget_seconds
 
 # Losses that keep a vector for each class, which can start from class means.
 WITH_CENTRES = ("CenterLoss", "ContrastiveCenterLoss", "DeepID2Loss")
-# Settings that change how fast a run goes or what it shows, never what it computes: free to differ when it goes on.
-FREE_ON_RESUME = (
-    *("threads", "data.workers", "data.memory_mib", "log_every", "checkpoint_every", "checkpoints_kept"),
-    "device",  # of the same kind, which the checkpoint knows
-)
 
 
 def check(recipe: Recipe) -> None:
@@ -42,16 +35,6 @@ def check(recipe: Recipe) -> None:
         share = getattr(recipe.data, name)
         if not 0.0 < share < 1.0:
             raise ValueError(f"data.{name}={share} must lie between 0 and 1.")
-
-
-def check_same(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError where the run in `folder`, whose recipe is `saved`, cannot go on as `asked` (plain values)."""
-    changed = [found for found in differences(saved, asked) if not found.startswith(FREE_ON_RESUME)]
-    if changed:
-        raise ValueError(
-            f"The run in {folder} was started with other settings: {'; '.join(changed)}. Leave them out to go on with "
-            "it, or start a new run in another --output."
-        )
 
 
 def _check_stage(stage: Stage, *, timed: bool) -> None:

@@ -15,7 +15,7 @@ from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
 from metricface.distributed import rank, world_size
 from metricface.models.embedder import Embedder
-from metricface.training import assemble, batches, checkpoint, contradictions, ranks, stage_run, stages
+from metricface.training import assemble, batches, checkpoint, comparison, contradictions, ranks, stage_run, stages
 from metricface.training import recipe as recipes
 from metricface.training.held_out import HeldOut
 from metricface.training.people import People, gather
@@ -45,7 +45,7 @@ def train(
     contradictions.check(recipe)
     if resume and (folder / RECIPE).exists():
         saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-        contradictions.check_same(saved, yaml.safe_load(_as_yaml(recipe)), folder)
+        comparison.check_same(saved, yaml.safe_load(_as_yaml(recipe)), folder)
     run = _prepare(recipe, folder, say, resume=resume)
     if resume:
         run.restore(checkpoint.load(folder, say))

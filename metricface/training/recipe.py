@@ -5,7 +5,7 @@ The defaults are the demo: procedural faces, CosFace pretraining, then triplets 
 """
 
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from metricface.data.augment import Augmentation
@@ -382,29 +382,3 @@ def budget_seconds(budget: str | float) -> float:
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dicts, lists and numbers, for YAML, JSON and comparison."""
     return asdict(recipe)
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Dotted names of the settings in which two recipes, or parts of them, or both as plain values, differ."""
-    if is_dataclass(a) and type(a) is type(b):
-        return [
-            found
-            for f in fields(a)
-            for found in differences(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}".lstrip("."))
-        ]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(map(_is_named, (*a, *b))):
-        return [found for x, y in zip(a, b, strict=True) for found in differences(x, y, f"{path}.{_called(x, y)}")]
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = {**a, **b}
-        return [found for key in keys for found in differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if a == b else [f"{path} ({a!r} against {b!r})"]
-
-
-def _is_named(item: Any) -> bool:
-    return "name" in item if isinstance(item, dict) else is_dataclass(item)
-
-
-def _called(a: Any, b: Any) -> str:
-    """What users call an item of a list of stages or terms."""
-    names = [item["name"] if isinstance(item, dict) else item.name for item in (a, b)]
-    return str(names[0]) if names[0] == names[1] else f"{names[0]}/{names[1]}"

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 
+from metricface.training.comparison import differences
 from metricface.training.contradictions import check
 from metricface.training.recipe import (
     Component,
@@ -11,7 +12,6 @@ from metricface.training.recipe import (
     Term,
     as_dict,
     budget_seconds,
-    differences,
 )
 
 
@@ -105,11 +105,11 @@ def test_a_share_of_held_out_people_must_be_a_share(name: str) -> None:
 
 def test_differences_are_named_by_their_dotted_path() -> None:
     changed = copy.deepcopy(Recipe())
-    assert differences(Recipe(), changed) == []
+    assert differences(as_dict(Recipe()), as_dict(changed)) == []
     changed.data.crop = 0.7
     changed.stages[1].learning_rate = 1.0
     changed.stages[0].head = None
-    found = differences(Recipe(), changed)
+    found = differences(as_dict(Recipe()), as_dict(changed))
     assert [one.split(" ")[0] for one in found] == ["data.crop", "stages.softmax.head", "stages.triplet.learning_rate"]
 
 
@@ -135,13 +135,13 @@ def test_differences_in_terms_and_schedules_are_named_by_term_and_number() -> No
     other = copy.deepcopy(one)
     other.stages[0].plus[0].weight = 0.5
     other.stages[0].schedules["triplet.margin"].shape = "step"
-    assert differences(one, other) == [
+    assert differences(as_dict(one), as_dict(other)) == [
         "stages.only.plus.triplet.weight (1.0 against 0.5)",
         "stages.only.schedules.triplet.margin.shape ('ramp' against 'step')",
     ]
     other.stages[0].schedules = {}
     other.stages[0].plus = []
-    assert [found.split(" ")[0] for found in differences(one, other)] == [
+    assert [found.split(" ")[0] for found in differences(as_dict(one), as_dict(other))] == [
         "stages.only.plus",
         "stages.only.schedules.triplet.margin",
     ]
