@@ -1,6 +1,6 @@
 """Scoring a network on people it does not train on: embeddings -> the field's figures and curves."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from metricface.data.images import ImageSet
+from metricface.data.images import ImageSet, UnreadableImageError
 from metricface.distances import full_precision, unit_rows
 from metricface.distributed import gather_plain, rank, world_size
 from metricface.evaluation import retrieval, verification
@@ -16,6 +16,7 @@ from metricface.evaluation.pairs import PairList, make_pairs
 from metricface.evaluation.verification import VerificationReport
 from metricface.modes import evaluating
 from metricface.training import ranks
+from metricface.training.interrupt import StoppedError, never
 
 BATCH = 256
 
@@ -45,9 +46,12 @@ class HeldOut:
         self.pairs = make_pairs(images.labels, seed=seed)
         self.listed = listed
 
-    def score(self, model: nn.Module, device: torch.device) -> Scored:
-        """Embed every image (in evaluation mode, unit length) and compute all figures; ranks share the embedding."""
-        embeddings = embed(model, self.images, device, shared=True)
+    def score(self, model: nn.Module, device: torch.device, stopped: Callable[[], bool] = never) -> Scored:
+        """Embed every image (in evaluation mode, unit length) and compute all figures; ranks share the embedding.
+
+        Raises as `embed` does.
+        """
+        embeddings = embed(model, self.images, device, shared=True, stopped=stopped)
         return ranks.from_first(self._scored(embeddings) if ranks.speaks() else None)  # type: ignore[return-value]
 
     def _scored(self, embeddings: NDArray[np.float32]) -> Scored:
@@ -73,38 +77,72 @@ class HeldOut:
 
 
 def embed(
-    model: nn.Module, images: ImageSet, device: torch.device, *, unit: bool = True, shared: bool = False
+    model: nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    *,
+    unit: bool = True,
+    shared: bool = False,
+    stopped: Callable[[], bool] = never,
 ) -> NDArray[np.float32]:
     """Embeddings (N, D) of a set, in its order, of unit length or raw; every module gets its mode back afterwards.
 
-    shared: each rank embeds its part, and all get the whole; every rank must call it then.
-
-    Raises ValueError, with their number, where embeddings are not finite.
+    shared: each rank embeds its part, and all get the whole; every rank must call it then. stopped: asked between two
+    batches.
+    Raises StoppedError where it says so, UnreadableImageError, and ValueError, with their number, where embeddings are
+    not finite; where ranks share the work, all of them raise what one does.
     """
-    prepare = unit_rows if unit else full_precision
-    with evaluating(model), torch.inference_mode():
-        parts = [prepare(model(batch.to(device))).cpu() for batch in _batches(images, shared)]
-        if not parts:  # of very few images, a rank has none; it still has a width
-            parts = [prepare(model(_inputs(images, [0]).to(device))).cpu()[:0]]
-    embeddings = torch.cat(parts)
     if shared:
-        embeddings = gather_plain(embeddings)
+        embeddings = _shared(model, images, device, unit, stopped)
+    else:
+        embeddings = _embed(model, images, range(len(images)), device, unit, stopped)
     broken = int((~torch.isfinite(embeddings).all(dim=1)).sum())
     if broken:
         raise ValueError(f"{broken} of {len(embeddings)} embeddings are not finite; the network has diverged.")
     return embeddings.numpy()
 
 
-def _batches(images: ImageSet, shared: bool) -> Iterator[torch.Tensor]:
-    first, last = 0, len(images)
-    if shared:
-        first, last = last * rank() // world_size(), last * (rank() + 1) // world_size()
-    for start in range(first, last, BATCH):
-        yield _inputs(images, list(range(start, min(start + BATCH, last))))
+def _shared(
+    model: nn.Module, images: ImageSet, device: torch.device, unit: bool, stopped: Callable[[], bool]
+) -> torch.Tensor:
+    own = range(len(images) * rank() // world_size(), len(images) * (rank() + 1) // world_size())
+    embeddings, failed = None, None
+    try:
+        embeddings = _embed(model, images, own, device, unit, stopped)
+    except (StoppedError, UnreadableImageError) as error:
+        failed = error
+    for kind, what in (
+        (UnreadableImageError, "Another rank could not read an image, and says which."),
+        (StoppedError, "Another rank was asked to stop."),
+    ):
+        if ranks.any_of(isinstance(failed, kind)):
+            raise failed if isinstance(failed, kind) else kind(what)
+    assert embeddings is not None
+    return gather_plain(embeddings)
 
 
-def _inputs(images: ImageSet, indices: list[int]) -> torch.Tensor:
-    return images.preprocessing.to_input(images.__getitems__(indices).images)
+def _embed(
+    model: nn.Module, images: ImageSet, own: range, device: torch.device, unit: bool, stopped: Callable[[], bool]
+) -> torch.Tensor:
+    prepare = unit_rows if unit else full_precision
+    parts: list[torch.Tensor] = []
+    with evaluating(model), torch.inference_mode():
+        for batch in _batches(images, own):
+            if parts and stopped():
+                raise StoppedError
+            parts.append(prepare(model(batch.to(device))).cpu())
+        if not parts:  # of very few images, a rank has none; it still has a width
+            parts = [prepare(model(_inputs(images, range(1)).to(device))).cpu()[:0]]
+    return torch.cat(parts)
+
+
+def _batches(images: ImageSet, own: range) -> Iterator[torch.Tensor]:
+    for start in range(0, len(own), BATCH):
+        yield _inputs(images, own[start : start + BATCH])
+
+
+def _inputs(images: ImageSet, indices: range) -> torch.Tensor:
+    return images.preprocessing.to_input(images.__getitems__(list(indices)).images)
 
 
 def _verify(embeddings: NDArray[np.float32], pairs: PairList) -> tuple[NDArray[np.float32], VerificationReport]:

@@ -7,12 +7,22 @@ from types import FrameType, TracebackType
 from typing import Self
 
 
+class StoppedError(Exception):
+    """A pass over images was left half way, since a stop was asked for; nothing of it is kept."""
+
+
+def never() -> bool:
+    """For runs that nobody stops."""
+    return False
+
+
 class StopRequest:
     """Inside `with StopRequest() as stopped`, `stopped()` says whether a stop was asked for.
 
-    Once somebody has asked, the first SIGINT or SIGTERM only sets the flag, so that a step, an evaluation or a
-    checkpoint is finished. A second one of its kind, or one before there is anything to save, raises KeyboardInterrupt
-    at once (of another kind: torchrun passes Ctrl-C on as a SIGTERM to processes that have had it already).
+    Once somebody has asked, the first SIGINT or SIGTERM only sets the flag, so that a step or a checkpoint is finished
+    (an evaluation is left, and made anew on resume). A second one of its kind, or one before there is anything to save,
+    raises KeyboardInterrupt at once (of another kind: torchrun passes Ctrl-C on as a SIGTERM to processes that have had
+    it already).
     Only the main thread may enter; processes forked inside ignore the signals and leave them to it.
     """
 

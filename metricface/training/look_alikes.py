@@ -7,8 +7,9 @@ how fast its machine was.
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -26,6 +27,7 @@ from metricface.miners.dataset.identities import (
 )
 from metricface.training import ranks
 from metricface.training.held_out import embed
+from metricface.training.interrupt import StoppedError, never
 from metricface.training.recipe import LookAlikes
 from samplers import LookAlikeBatchSampler
 
@@ -41,11 +43,26 @@ class NoTableError(RuntimeError):
         return isinstance(self.__cause__, ValueError) and not isinstance(self.__cause__, UnreadableImageError)
 
 
+@contextmanager
+def _making() -> Iterator[None]:
+    """Whatever goes wrong inside is why there is no table, but for a request to stop."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except Exception as error:
+        raise NoTableError(str(error) or type(error).__name__) from error
+
+
 class ClassWeights(NamedTuple):
     """(C * vectors, D) rows of a head, `vectors` for each class."""
 
     rows: Tensor
     vectors: int
+
+
+# What a table is computed from: the network, (N, D) unit embeddings of the images, or class vectors.
+Source = nn.Module | NDArray[np.float32] | ClassWeights
 
 
 def _shared(table: "Future[Table]") -> "Future[Table]":
@@ -97,12 +114,20 @@ class LookAlikeTables:
         self._found: dict[str, float] = {}
         self.failures: list[str] = []
 
-    def first(self, model: nn.Module, weights: ClassWeights | None) -> None:
-        """Compute the table that the stage begins with, before its first batch is planned."""
+    def first(self, model: nn.Module, weights: ClassWeights | None, stopped: Callable[[], bool] = never) -> None:
+        """Compute the table that the stage begins with, before its first batch is planned; ranks share the embedding.
+
+        Raises NoTableError, and StoppedError where `stopped()` says so on the way.
+        """
+        since = time.perf_counter()
+        source: Source = self._source(model, weights)
+        if isinstance(source, nn.Module):
+            with _making():
+                source = embed(source, self.images, self.device, shared=True, stopped=stopped)
         coming: Future[Table] = Future()
         if ranks.speaks():
             try:
-                coming.set_result(self._table(self._source(model, weights)))
+                coming.set_result(self._table(source, since))
             except NoTableError as error:
                 coming.set_exception(error)
         self.sampler.refresh(_shared(coming).result(), at=0)
@@ -121,7 +146,7 @@ class LookAlikeTables:
             return
         self.wait()
         source = self._source(copy.deepcopy(model), weights())
-        self._coming = self._background.submit(self._table, source) if ranks.speaks() else Future()
+        self._coming = self._background.submit(self._table, source, time.perf_counter()) if ranks.speaks() else Future()
         self.sampler.refresh(self._coming, at=at)
         self._due = at - self._ahead
 
@@ -164,12 +189,9 @@ class LookAlikeTables:
             return model
         return ClassWeights(weights.rows.detach().to("cpu", torch.float32, copy=True), weights.vectors)
 
-    def _table(self, source: nn.Module | ClassWeights) -> Table:
-        since = time.perf_counter()
-        try:
+    def _table(self, source: Source, since: float) -> Table:
+        with _making():
             found = self._neighbours(source)
-        except Exception as error:
-            raise NoTableError(str(error) or type(error).__name__) from error
         self._found = {
             "seconds": time.perf_counter() - since,
             "twins": float(len(found.twins.first)),
@@ -177,11 +199,11 @@ class LookAlikeTables:
         }
         return found.rows
 
-    def _neighbours(self, source: nn.Module | ClassWeights) -> IdentityNeighbours:
+    def _neighbours(self, source: Source) -> IdentityNeighbours:
         k, max_cos = self.options.neighbours, self.options.max_cos
         if isinstance(source, ClassWeights):
             return neighbours_from_centroids(source.rows, k, max_cos=max_cos, vectors_per_class=source.vectors)
-        embeddings = embed(source, self.images, self.device)
+        embeddings = embed(source, self.images, self.device) if isinstance(source, nn.Module) else source
         if self.options.source == "images":
             return neighbours_from_images(embeddings, self.images.labels, k, max_cos=max_cos)
         return neighbours_from_centroids(centroids(embeddings, self.images.labels), k, max_cos=max_cos)

@@ -18,9 +18,10 @@ from metricface.models.embedder import Embedder
 from metricface.training import assemble, batches, checkpoint, comparison, contradictions, ranks, stage_run, stages
 from metricface.training import recipe as recipes
 from metricface.training.held_out import HeldOut
+from metricface.training.interrupt import StoppedError, never
 from metricface.training.people import People, gather
 from metricface.training.recipe import Recipe
-from metricface.training.run import EXPORT, RECIPE, REPORT, Run
+from metricface.training.run import EXPORT, RECIPE, REPORT, Moment, Run
 from metricface.training.selection import check_selection, evaluate, keep_best, look
 from metricface.training.throughput import bare_images_per_second
 
@@ -30,37 +31,50 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = never,
     say: Callable[[str], None] = print,
 ) -> Run:
     """Train as the recipe says, write everything to `folder`, and return what became of it.
 
     folder: gets the recipe, TensorBoard events, checkpoints, and at the end `report.json` and the embedder in `model/`.
-    resume: go on from its checkpoint, with the recipe that it was started with. stopped: asked after every step; where
-    it says so the run saves and returns with `interrupted` set. Raises ValueError for a recipe or data that cannot work
-    (before training), or another recipe than the one to go on with; OSError where `folder` cannot be written; and
-    TrainingDivergedError where a stage diverges: the report and the embedder then hold the best that there was before.
+    resume: go on from its checkpoint, with the recipe that it was started with. stopped: asked after every step, and
+    between batches where images are embedded; where it says so the run saves and returns with `interrupted` set.
+    Raises ValueError for a recipe or data that cannot work (before training), or another recipe than the one to go on
+    with; OSError where `folder` cannot be written; and TrainingDivergedError where a stage diverges: the report and the
+    embedder then hold the best that there was before.
     """
     assemble.check_names(recipe)
     contradictions.check(recipe)
     if resume and (folder / RECIPE).exists():
         saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
         comparison.check_same(saved, yaml.safe_load(_as_yaml(recipe)), folder)
-    run = _prepare(recipe, folder, say, resume=resume)
+    run = _prepare(recipe, folder, say, stopped, resume=resume)
     if resume:
         run.restore(checkpoint.load(folder, say))
-    else:
-        check_selection(run, evaluate(run, "start"))
-        run.save()
-    while run.index < len(recipe.stages):
-        _stage(run, stopped)
-        if run.interrupted:
-            return run
-    _finish(run)
+    try:
+        if not run.history:
+            check_selection(run, _score_start(run))
+            run.save()
+        while run.index < len(recipe.stages) and not run.interrupted:
+            _stage(run)
+    except StoppedError:  # in a pass over images; the last checkpoint is of just before it
+        run.interrupted = True
+    if not run.interrupted:
+        _finish(run)
     return run
 
 
-def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], *, resume: bool) -> Run:
+def _score_start(run: Run) -> Moment:
+    try:
+        return evaluate(run, "start")
+    except StoppedError:
+        run.save()
+        raise
+
+
+def _prepare(
+    recipe: Recipe, folder: Path, say: Callable[[str], None], stopped: Callable[[], bool], *, resume: bool
+) -> Run:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = assemble.device(recipe.device)
@@ -88,7 +102,7 @@ def _prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], *, resume
     for line in notes:
         say(line)
     _write(_as_yaml(recipe), folder / RECIPE)
-    return Run(recipe, folder, people, device, model, held_out, say, notes=notes)
+    return Run(recipe, folder, people, device, model, held_out, say, stopped, notes=notes)
 
 
 def _as_yaml(recipe: Recipe) -> str:
@@ -115,12 +129,12 @@ def _about(start: Embedder | None, recipe: Recipe, people: People) -> list[str]:
     ]
 
 
-def _stage(run: Run, stopped: Callable[[], bool]) -> None:
+def _stage(run: Run) -> None:
     """Train one stage and keep the better of its start and its end."""
     under_way = stage_run.begin(run.index, run.recipe, run.people, run.model, run.device)
     try:
         _set_out(run, under_way)
-        _train(run, under_way, stopped)
+        _train(run, under_way)
         if not run.interrupted:
             _end(run, under_way)
     except stages.TrainingDivergedError:
@@ -144,7 +158,7 @@ def _set_out(run: Run, under_way: stage_run.StageRun) -> None:
         run.say(f"stage {stage.name}: {batches.describe(under_way.sampler)}")
         _start_heads(run, under_way)
         under_way.mark_start()
-        stages.find_look_alikes(under_way, run.model, run.class_vectors)
+        stages.find_look_alikes(under_way, run.model, run.class_vectors, run.stopped)
 
 
 def _start_heads(run: Run, under_way: stage_run.StageRun) -> None:
@@ -157,10 +171,10 @@ def _start_heads(run: Run, under_way: stage_run.StageRun) -> None:
     if stage.keep_head:
         run.note(f"Stage {stage.name!r}: the stage before it was not kept; heads start from class means.")
     if stage.class_means or stage.keep_head:
-        stages.start_from_class_means(under_way, run.people, run.model, run.device)
+        stages.start_from_class_means(under_way, run.people, run.model, run.device, run.stopped)
 
 
-def _train(run: Run, under_way: stage_run.StageRun, stopped: Callable[[], bool]) -> None:
+def _train(run: Run, under_way: stage_run.StageRun) -> None:
     """Take the steps of a stage, and save where it has come to; `run.interrupted` says whether it was stopped."""
     stage = under_way.stage
     steps_before = run.step - under_way.clock.steps
@@ -187,14 +201,14 @@ def _train(run: Run, under_way: stage_run.StageRun, stopped: Callable[[], bool])
             run.people,
             run.model,
             device=run.device,
-            stopped=stopped,
+            stopped=run.stopped,
             report=report,
             save=save,
             warn=run.note,
             look=looked_at if run.index > 0 or run.recipe.model.start is not None else None,
             class_vectors=run.class_vectors,
         )
-    except (UnreadableImageError, stages.NoLookAlikesError):  # on all ranks, and what was trained is good
+    except (UnreadableImageError, stages.NoLookAlikesError, StoppedError):  # on all ranks, and what was trained is good
         stages.check_weights(under_way, run.model)
         save()
         raise
@@ -205,7 +219,7 @@ def _train(run: Run, under_way: stage_run.StageRun, stopped: Callable[[], bool])
             save()
         raise
     save()  # before evaluation, which can be interrupted
-    run.interrupted = ranks.any_of(stopped())
+    run.interrupted = ranks.any_of(run.stopped())
 
 
 def _end(run: Run, under_way: stage_run.StageRun) -> None:

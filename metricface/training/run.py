@@ -13,6 +13,7 @@ from metricface.heads.reshard import whole_state
 from metricface.monitoring.board import Board
 from metricface.training import checkpoint, ranks
 from metricface.training.held_out import Figures, HeldOut
+from metricface.training.interrupt import never
 from metricface.training.look_alikes import ClassWeights
 from metricface.training.people import People
 from metricface.training.recipe import Recipe
@@ -36,7 +37,10 @@ class Moment:
 
 @dataclass
 class Run:
-    """What a run has come to; `history` and `notes` are what its report says."""
+    """What a run has come to; `history` and `notes` are what its report says.
+
+    stopped: whether it was asked to stop; `interrupted`: whether it did.
+    """
 
     recipe: Recipe
     folder: Path
@@ -45,6 +49,7 @@ class Run:
     model: nn.Module
     held_out: tuple[HeldOut, HeldOut]
     say: Callable[[str], None]
+    stopped: Callable[[], bool] = never
     index: int = 0
     step: int = 0
     history: list[Moment] = field(default_factory=list)

@@ -37,7 +37,7 @@ def evaluate(run: Run, when: str, *, kind: str = "") -> Moment:
 
     kind: added to the names of the sets on TensorBoard, for weights that are scored beside others.
     """
-    scored: list[Scored] = [people.score(run.model, run.device) for people in run.held_out]
+    scored: list[Scored] = [people.score(run.model, run.device, run.stopped) for people in run.held_out]
     moment = Moment(when, scored[0].figures, scored[1].figures)
     run.history.append(moment)
     for people, found in zip(run.held_out, scored, strict=True):
@@ -79,7 +79,7 @@ def _look_at(run: Run, under_way: StageRun, when: str, *, kind: str = "") -> flo
     """The figure of the network as it stands on validation people; the best so far is kept aside."""
     key = run.recipe.select_by
     with _divergence(under_way, when):
-        figures = run.held_out[0].score(run.model, run.device).figures
+        figures = run.held_out[0].score(run.model, run.device, run.stopped).figures
     now = _number(figures[key])
     if run.board is not None:
         run.board.scalars(run.step, {f"{under_way.stage.name}/validation{kind}/{key}": now})

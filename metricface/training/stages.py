@@ -19,6 +19,7 @@ from metricface.heads.partial_fc import PartialFC, heads_in
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
 from metricface.training import assemble, batches, ranks
 from metricface.training.held_out import embed
+from metricface.training.interrupt import never
 from metricface.training.look_alikes import ClassWeights, NoTableError
 from metricface.training.objective import SumObjective
 from metricface.training.people import People
@@ -44,12 +45,15 @@ class NoLookAlikesError(OSError):
     """A table of look-alikes could not be computed, and no rank can go on without it."""
 
 
-def start_from_class_means(run: StageRun, people: People, model: nn.Module, device: torch.device) -> None:
+def start_from_class_means(
+    run: StageRun, people: People, model: nn.Module, device: torch.device, stopped: Callable[[], bool] = never
+) -> None:
     """Give the stage's heads and centres the mean embedding of each training person, under the network as it stands.
 
     Images are embedded without augmentation, in evaluation mode, before the stage's clock starts; ranks share the work.
+    Raises StoppedError where `stopped()` says so on the way.
     """
-    found = embed(model, people.training, device, unit=False, shared=True)
+    found = embed(model, people.training, device, unit=False, shared=True, stopped=stopped)
     embeddings = torch.from_numpy(found)  # (N, D), raw, on the CPU
     labels = torch.from_numpy(people.training.labels)  # (N,)
     for head in heads_in(run.objective):
@@ -60,15 +64,17 @@ def start_from_class_means(run: StageRun, people: People, model: nn.Module, devi
     ranks.take_from_first(run.objective)
 
 
-def find_look_alikes(run: StageRun, model: nn.Module, weights: ClassWeights | None) -> None:
+def find_look_alikes(
+    run: StageRun, model: nn.Module, weights: ClassWeights | None, stopped: Callable[[], bool] = never
+) -> None:
     """Compute the table of look-alikes a stage begins with, if it needs one; its time counts as training.
 
-    weights: of the last stage that had a head.
+    weights: of the last stage that had a head. Raises StoppedError where `stopped()` says so on the way.
     """
     if run.look_alikes is not None:
         run.clock.start()
         try:
-            run.look_alikes.first(model, class_weights(run) or weights)
+            run.look_alikes.first(model, class_weights(run) or weights, stopped)
         except NoTableError as error:
             raise _without_table(run, error) from error
         run.clock.pause()
@@ -101,7 +107,7 @@ def train(
     """Take steps until the stage is over or `stopped()`; call `report` and `save` as often as the recipe says.
 
     warn: gets what the logged figures say is going wrong. look: scores held-out people where the stage's watch says,
-    and returns whether the stage ends there.
+    and returns whether the stage ends there; what it raises ends the steps as well.
     class_vectors: of an earlier stage's head, for look-alikes that are found by them.
     Raises TrainingDivergedError when the loss is not finite, before anything of it can reach a checkpoint.
     """
@@ -117,9 +123,9 @@ def train(
         while (now := _now(run, stopped)) is not None:
             looks = bisect.bisect_right(run.stage.watch.at, now.progress)  # a step may pass several of these shares
             if look is not None and looks > run.looks:
-                run.looks = looks
                 clock.pause()
                 run.ended = look()
+                run.looks = looks  # not before: a look that was left is made anew on resume
                 clock.start()
                 if run.ended:
                     break

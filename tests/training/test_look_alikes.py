@@ -90,9 +90,9 @@ def test_a_slow_background_changes_nothing_but_the_time(
 ) -> None:
     quick = LookAlikeTables._table
 
-    def slow(tables: LookAlikeTables, source: Any) -> Any:
+    def slow(tables: LookAlikeTables, source: Any, since: float) -> Any:
         time.sleep(0.5)
-        return quick(tables, source)
+        return quick(tables, source, since)
 
     monkeypatch.setattr(LookAlikeTables, "_table", slow)
     assert_same(straight, weights(train(alike, tmp_path / "slow", say=quiet)))
@@ -161,11 +161,11 @@ def test_what_else_fails_in_the_background_loses_nothing_and_is_not_called_diver
 ) -> None:
     sound, calls = embed, []
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise error
-        return sound(*arguments)
+        return sound(*arguments, **options)
 
     monkeypatch.setattr(look_alikes, "embed", failing)
     with pytest.raises(OSError, match=r"look-alikes cannot be found at step 45: .* --resume goes on"):
@@ -180,9 +180,9 @@ def test_a_table_that_failed_before_it_was_needed_is_a_note_in_the_report(
 ) -> None:
     calls = []
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        return embed(*arguments) if len(calls) == 1 else 1 / 0
+        return embed(*arguments, **options) if len(calls) == 1 else 1 / 0
 
     monkeypatch.setattr(look_alikes, "embed", failing)
     monkeypatch.setattr(stage_run, "_clock", lambda *_: Clock(total_seconds=10.0))
@@ -201,9 +201,9 @@ def test_a_table_that_failed_and_is_not_in_force_yet_keeps_nothing_from_being_sa
 ) -> None:
     sound, calls = embed, []
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        return sound(*arguments) if len(calls) == 1 else 1 / 0
+        return sound(*arguments, **options) if len(calls) == 1 else 1 / 0
 
     monkeypatch.setattr(look_alikes, "embed", failing)
     alike.checkpoint_every = checkpoint_every
@@ -218,9 +218,9 @@ def test_a_first_table_that_takes_all_of_the_budget_leaves_a_stage_without_steps
 ) -> None:
     sound = embed
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(1.5)
-        return sound(*arguments)
+        return sound(*arguments, **options)
 
     monkeypatch.setattr(look_alikes, "embed", slow)
     alike.budget = 1.0
