@@ -57,13 +57,13 @@ def make_other_blocks(monkeypatch: pytest.MonkeyPatch, numbers: int, rows: int) 
 
 @EVERY_LOSS
 def test_the_size_of_blocks_changes_nothing(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = torch.randint(0, 8, (300,), generator=torch.Generator().manual_seed(7))
+    labels = torch.randint(0, 8, (150,), generator=torch.Generator().manual_seed(7))
     values, grads = [], []
     for numbers, rows in ((1 << 19, 512), (64 * 64, 64), (64, 1)):  # all references in a block, then 64 in one
         monkeypatch.setattr(tiles, "CPU_BLOCK", numbers)
         monkeypatch.setattr(tiles, "CPU_ROWS", rows)
         make_other_blocks(monkeypatch, numbers, rows)
-        x = torch.randn(300, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64).requires_grad_()
+        x = torch.randn(150, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64).requires_grad_()
         value = make().double()(x, labels)
         (3 * value).backward()
         values.append(value.item())
