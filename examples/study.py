@@ -159,6 +159,7 @@ VARIANTS: dict[str, Callable[[Recipe], None]] = {
     "cosface_joined_3": as_it_falls(weight=3.0),
     "cosface_joined_10": as_it_falls(weight=10.0),
     "cosface_joined_views": as_it_falls(identities_per_batch=64, images_per_identity=2, singletons_per_batch=0),
+    "cosface_joined_without_singletons": as_it_falls(identities_per_batch=43, singletons_per_batch=0),
     "cosface_joined_count": as_it_falls(
         identities_per_batch=43, images_per_identity=2, singletons_per_batch=42, identity_weights="count"
     ),
