@@ -197,6 +197,7 @@ def main() -> None:
     given = sys.argv[1:]
     ours = given.index("--") if "--" in given else len(given)
     arguments, settings = parser.parse_args(given[:ours]), given[ours + 1 :]
+    _check_stages(arguments)
     reports: dict[str, list[Recipe]] = {}
     for seed in arguments.seeds:
         for variant in arguments.variants:
@@ -208,6 +209,18 @@ def main() -> None:
                 recipe = after_first_stage(recipe, arguments.output, settings)
             reports.setdefault(variant, []).append(run(recipe, arguments.output / f"{variant}-{seed}", settings))
     print(table(reports, since=0 if arguments.share_first_stage else 1))
+
+
+def _check_stages(arguments: argparse.Namespace) -> None:
+    """Exit where a variant has not the stages for what was asked, before any of them is trained."""
+    for variant in arguments.variants:
+        recipe = read(arguments.recipe)
+        VARIANTS[variant](recipe)
+        found = len(recipe["stages"])
+        if arguments.steps and len(arguments.steps) != found:
+            raise SystemExit(f"--steps has {len(arguments.steps)} numbers, but {variant} {found} stages: leave it out.")
+        if arguments.share_first_stage and found < 2:
+            raise SystemExit(f"--share_first_stage needs a second stage; {variant} has none: leave it out.")
 
 
 def read(path: Path | None) -> Recipe:
@@ -222,8 +235,6 @@ def after_first_stage(recipe: Recipe, output: Path, settings: list[str]) -> Reci
     is not among the weights: heads that would have gone on start from class means.
     """
     first, *rest = recipe["stages"]
-    if not rest:
-        raise SystemExit("With --share_first_stage all variants need a second stage; leave out those that have one.")
     if rest[0].pop("keep_head", False):
         rest[0]["class_means"] = True
     model = recipe.get("model", {})

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from metricface.training import checkpoint
 from metricface.training.comparison import check_same
-from metricface.training.recipe import Recipe, as_dict
+from metricface.training.recipe import Recipe, as_dict, from_dict
 from metricface.training.run import RECIPE
 
 RUNS = Path("runs")
@@ -90,9 +90,7 @@ def _read(
     plain.pop("recipe", None)
     output, resume = plain.pop("output", None), plain.pop("resume", None)
     plain["stages"] = _override(plain["stages"], overrides)
-    complete = _parser(default_stages=False)
-    made = complete.instantiate(complete.parse_object(plain))
-    return Recipe(**{field.name: made[field.name] for field in fields(Recipe)}), output, resume
+    return from_dict(plain), output, resume
 
 
 def _brings_stages(arguments: list[str]) -> bool:

@@ -14,6 +14,7 @@ import metricface
 from metricface.atomic import replacing
 from metricface.data.images import UnreadableImageError
 from metricface.distributed import rank, world_size
+from metricface.heads.partial_fc import heads_in
 from metricface.models.embedder import Embedder
 from metricface.training import assemble, batches, checkpoint, comparison, contradictions, ranks, stage_run, stages
 from metricface.training import recipe as recipes
@@ -46,11 +47,12 @@ def train(
     assemble.check_names(recipe)
     contradictions.check(recipe)
     if resume and (folder / RECIPE).exists():
-        saved = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-        comparison.check_same(saved, yaml.safe_load(_as_yaml(recipe)), folder)
+        saved = recipes.from_dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
+        comparison.check_same(recipes.as_dict(saved), yaml.safe_load(_as_yaml(recipe)), folder)
     run = _prepare(recipe, folder, say, stopped, resume=resume)
     if resume:
         run.restore(checkpoint.load(folder, say))
+    _write(_as_yaml(recipe), folder / RECIPE)  # not before: a run that is not gone on with keeps its own
     try:
         if not run.history:
             check_selection(run, _score_start(run))
@@ -101,7 +103,6 @@ def _prepare(
     notes = _about(start, recipe, people)
     for line in notes:
         say(line)
-    _write(_as_yaml(recipe), folder / RECIPE)
     return Run(recipe, folder, people, device, model, held_out, say, stopped, notes=notes)
 
 
@@ -163,6 +164,8 @@ def _set_out(run: Run, under_way: stage_run.StageRun) -> None:
 
 def _start_heads(run: Run, under_way: stage_run.StageRun) -> None:
     stage, before = under_way.stage, run.objective_before
+    if stage.keep_head and not heads_in(under_way.objective.own):
+        return
     if stage.keep_head and before is not None:
         under_way.objective.go_on_with(before, stage.kept_heads(run.recipe.stages[run.index - 1]))
         if stage.fade is None:
@@ -264,6 +267,7 @@ def _note_speed(run: Run, under_way: stage_run.StageRun) -> None:
         run.people.training.preprocessing.shape,
         run.device,
         under_way.precision,
+        run.stopped,
     )
     run.stage_reports.append(
         {

@@ -189,6 +189,11 @@ class SumObjective(nn.Module):
         self._fade = fade if old else 0.0
         self._come_in = 1.0
 
+    @property
+    def own(self) -> nn.ModuleList:
+        """The parts that are this stage's, without those that fade out."""
+        return nn.ModuleList(self.parts[name] for name in self._own)
+
     def take_over(self, state: Mapping[str, Tensor] | None) -> None:
         """Give the parts that fade out the state of the sum of the stage before; without one nothing fades.
 

@@ -5,8 +5,11 @@ The defaults are the demo: procedural faces, CosFace pretraining, then triplets 
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from argparse import ArgumentError
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
 
 from metricface.data.augment import Augmentation
 from metricface.training.schedules import Decay
@@ -133,7 +136,8 @@ class LookAlikes:
     Args:
         source: `centroids`: nearest are the mean embeddings of the training people; `images`: their closest pairs of
             images; `head`: the class vectors of the stage's own head or, where it has none, of the last kept stage that
-            had one, which costs no pass over the images (where there are none: `centroids`).
+            had one, which costs no pass over the images (where there are none: `centroids`). A stage begins with those
+            of its own head only where that has learned something (`keep_head`, `class_means`).
         neighbours: People in a row of the table, from which those in a batch are drawn.
         max_cos: People closer than this cosine are taken for one person under two names, and kept apart.
         every_steps: Steps between two renewals of the table, computed in the background; none: it stays the first.
@@ -382,3 +386,15 @@ def budget_seconds(budget: str | float) -> float:
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dicts, lists and numbers, for YAML, JSON and comparison."""
     return asdict(recipe)
+
+
+def from_dict(plain: dict[str, Any]) -> Recipe:
+    """The recipe of plain values, with defaults where they say nothing. Raises ValueError where they do not fit."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None)
+    parser.set_defaults({"stages": []})  # jsonargparse would fill stages up with the default ones in their places
+    try:
+        made = parser.instantiate(parser.parse_object(plain))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return Recipe(**{field.name: made[field.name] for field in fields(Recipe)})

@@ -56,9 +56,9 @@ def start_from_class_means(
     found = embed(model, people.training, device, unit=False, shared=True, stopped=stopped)
     embeddings = torch.from_numpy(found)  # (N, D), raw, on the CPU
     labels = torch.from_numpy(people.training.labels)  # (N,)
-    for head in heads_in(run.objective):
+    for head in heads_in(run.objective.own):
         head.class_weights_from(embeddings, labels)
-    for part in run.objective.modules():
+    for part in run.objective.own.modules():
         if isinstance(part, CenterLoss | ContrastiveCenterLoss):
             part.centers_from(embeddings.to(device), labels)
     ranks.take_from_first(run.objective)
@@ -69,20 +69,22 @@ def find_look_alikes(
 ) -> None:
     """Compute the table of look-alikes a stage begins with, if it needs one; its time counts as training.
 
-    weights: of the last stage that had a head. Raises StoppedError where `stopped()` says so on the way.
+    weights: of the last stage that had a head; they come before those of a head that has just been drawn. Raises
+    StoppedError where `stopped()` says so on the way.
     """
     if run.look_alikes is not None:
+        own = class_weights(run) if run.stage.keep_head or run.stage.class_means else None
         run.clock.start()
         try:
-            run.look_alikes.first(model, class_weights(run) or weights, stopped)
+            run.look_alikes.first(model, own or weights, stopped)
         except NoTableError as error:
             raise _without_table(run, error) from error
         run.clock.pause()
 
 
 def class_weights(run: StageRun) -> ClassWeights | None:
-    """The class vectors of the stage's head, or of the first of its heads; all ranks must ask."""
-    found = heads_in(run.objective)
+    """The class vectors of the stage's own head, or of the first of its heads; all ranks must ask."""
+    found = heads_in(run.objective.own)
     if not found:
         return None
     if isinstance(found[0], PartialFC):

@@ -1,14 +1,20 @@
 """Where the time of a step goes: what training makes of the network's own speed, and how long it waits for images."""
 
 import copy
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from metricface.training import ranks
 from metricface.training.assemble import autocast
+from metricface.training.interrupt import StoppedError, never
 
-PASSES = 7
+PASSES = 7  # or as many as begin within ENOUGH seconds
+ENOUGH = 10.0
+SLOW = 1.0  # seconds after which it is worth asking whether to stop
 
 
 class Waiting:
@@ -36,12 +42,18 @@ class Waiting:
 
 
 def bare_images_per_second(
-    model: nn.Module, batch_size: int, shape: tuple[int, int, int], device: torch.device, precision: torch.dtype
+    model: nn.Module,
+    batch_size: int,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    precision: torch.dtype,
+    stopped: Callable[[], bool] = never,
 ) -> float:
     """Images/s of forward and backward of a copy of `model`, nothing else: no data, loss, mining or optimiser.
 
-    shape: (C, H, W). precision: as in training. Takes the median of a few passes after one to warm up; the model
-    itself is untouched.
+    shape: (C, H, W). precision: as in training. Takes the median of a few passes after one to warm up, at least one
+    where they are slow; the model itself is untouched. All ranks must call it. Raises StoppedError where `stopped()`
+    says so between slow passes.
     """
     twin = copy.deepcopy(model).requires_grad_(True).train()
     images = torch.randn(batch_size, *shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -55,7 +67,12 @@ def bare_images_per_second(
         _wait(device)
         seconds.append(time.perf_counter() - since)
         twin.zero_grad(set_to_none=True)
-    return batch_size / sorted(seconds[1:])[PASSES // 2]
+        passed = ranks.beat(sum(seconds), False).seconds
+        if passed > SLOW and ranks.any_of(stopped()):
+            raise StoppedError
+        if passed > ENOUGH and len(seconds) > 1:
+            break
+    return batch_size / statistics.median(seconds[1:])
 
 
 def _wait(device: torch.device) -> None:

@@ -51,6 +51,18 @@ def test_every_variant_of_the_study_is_a_recipe_that_can_be_read(
         assert len(read.stages) == (1 if variant in ("softmax", "cosface", "cosface_held") else 2)
 
 
+@pytest.mark.parametrize("asked", [["--steps", "3", "4"], ["--share_first_stage"]])
+def test_the_study_refuses_what_a_variant_cannot_do_before_it_trains_any(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = example("study")
+    monkeypatch.setattr(study, "run", lambda *_: pytest.fail("a variant was trained"))
+    variants = ["--variants", "cosface_joined", "cosface"]
+    monkeypatch.setattr("sys.argv", ["study.py", *asked, *variants, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"cosface .*: leave it out"):
+        study.main()
+
+
 def test_the_table_of_the_study_gives_mean_and_half_the_range_over_seeds() -> None:
     study = example("study")
     reports = [

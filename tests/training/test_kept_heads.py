@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metricface.heads.base import Head
 from metricface.heads.partial_fc import heads_in
-from metricface.training import stages
+from metricface.training import loop, stages
 from metricface.training.assemble import objective
 from metricface.training.contradictions import check
 from metricface.training.loop import train
@@ -53,6 +53,25 @@ def test_a_kept_head_goes_on_where_it_stood(
     weight = next(key for key in ended if key.startswith("_registered.0.") and key.endswith("weight"))
     assert not torch.equal(first[weight], ended[weight])
     assert torch.equal(second[weight.replace("_registered.0.", "_registered.1.")], ended[weight])
+
+
+def test_class_means_are_for_new_heads_and_not_for_one_that_fades_out(
+    kept: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = kept.stages[1]
+    second.keep_head, second.class_means, second.fade = False, True, 0.8
+    _, ended, started, _ = heads_at_stage_starts(kept, tmp_path / "run", monkeypatch)
+    assert torch.equal(started["_registered.2.head.weight"], ended["_registered.0.head.weight"])
+    assert not torch.equal(started["_registered.1.head.weight"], ended["_registered.0.head.weight"])
+
+
+def test_without_any_head_there_is_nothing_to_keep(
+    kept: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.stages[1].plus = []
+    monkeypatch.setattr(loop, "keep_best", lambda run, under_way: False)
+    monkeypatch.setattr(stages, "embed", lambda *_, **__: pytest.fail("class means were made"))
+    assert not any("class means" in note for note in train(kept, tmp_path / "run", say=quiet).notes)
 
 
 def test_a_head_that_is_not_kept_is_new(kept: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

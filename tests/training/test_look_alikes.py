@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metricface.training import assemble, batches, checkpoint, look_alikes, selection, stage_run
+from metricface.training import assemble, batches, checkpoint, look_alikes, loop, selection, stage_run
 from metricface.training.contradictions import check
 from metricface.training.held_out import embed
 from metricface.training.look_alikes import LookAlikeTables
@@ -128,6 +128,52 @@ def test_class_vectors_cost_no_pass_over_the_images(
     assert run.class_vectors.rows.shape == (29, 128)
 
 
+def first_table_source(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the first table of the last stage was computed from, and the run."""
+    seen = []
+    real = LookAlikeTables._source
+
+    def source(tables: LookAlikeTables, model: Any, weights: Any) -> Any:
+        seen.append(real(tables, model, weights))
+        return seen[-1]
+
+    monkeypatch.setattr(selection, "_number", lambda figure: 0.0)  # so that every stage's end is kept
+    monkeypatch.setattr(LookAlikeTables, "_source", source)
+    run = train(recipe, folder, say=quiet)
+    return seen[0], run
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_head_that_was_just_drawn_says_nothing_of_look_alikes(
+    keep: bool, alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = alike.stages[1]
+    stage.look_alikes, stage.steps = LookAlikes(source="head"), 2
+    stage.plus, stage.keep_head = [Term("classes", head=alike.stages[0].head)], keep
+    kept: list[torch.Tensor] = []
+    real = loop._end
+
+    def end(run: Any, under_way: Any) -> None:
+        real(run, under_way)
+        assert run.class_vectors is not None
+        kept.append(run.class_vectors.rows.clone())
+
+    monkeypatch.setattr(loop, "_end", end)
+    source, _ = first_table_source(alike, tmp_path / "run", monkeypatch)
+    assert torch.equal(source.rows, kept[0])  # what the first stage came to, whether its head goes on or not
+
+
+def test_a_head_that_fades_out_without_having_learned_says_nothing_either(
+    alike: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = alike.stages[1]
+    stage.look_alikes, stage.steps, stage.fade = LookAlikes(source="head"), 2, 0.5
+    monkeypatch.setattr(loop, "keep_best", lambda run, under_way: False)
+    source, run = first_table_source(alike, tmp_path / "run", monkeypatch)
+    assert isinstance(source, torch.nn.Module)  # no stage with a head was kept: means of embeddings
+    assert run.class_vectors is None
+
+
 def test_without_class_vectors_that_were_kept_means_of_embeddings_take_their_place(
     alike: Recipe, tmp_path: Path
 ) -> None:
@@ -144,7 +190,7 @@ def test_a_network_that_breaks_is_divergence_where_its_table_is_needed(
 ) -> None:
     calls = []
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         calls.append(1)
         if len(calls) > 1:
             raise ValueError("3 of 174 embeddings are not finite; the network has diverged.")

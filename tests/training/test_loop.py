@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -109,6 +110,30 @@ def test_a_run_does_not_go_on_with_another_recipe(recipe: Recipe, tmp_path: Path
     recipe.stages[0].learning_rate /= 2
     recipe.log_every += 1  # what changes nothing of the result is free
     assert not train(recipe, tmp_path / "run", resume=True, say=quiet).interrupted
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "run", stopped=lambda: True, say=quiet)
+    file = tmp_path / "run" / "recipe.yaml"
+    saved = yaml.safe_load(file.read_text())
+    for stage in saved["stages"]:
+        del stage["keep_head"]
+    del saved["mining"]
+    file.write_text(yaml.safe_dump(saved))
+    recipe.mining = "per_rank"
+    with pytest.raises(ValueError, match=r"other settings: mining \('joined' against 'per_rank'\)"):
+        train(recipe, tmp_path / "run", resume=True, say=quiet)
+    recipe.mining = "joined"
+    assert not train(recipe, tmp_path / "run", resume=True, say=quiet).interrupted
+
+
+def test_a_run_that_may_not_go_on_keeps_its_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "run", stopped=lambda: True, say=quiet)
+    saved = (tmp_path / "run" / "recipe.yaml").read_text()
+    recipe.device = "meta"  # in place of another kind of device, which this machine may lack
+    with pytest.raises(ValueError, match="was trained on cpu"):
+        train(recipe, tmp_path / "run", resume=True, say=quiet)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == saved
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])

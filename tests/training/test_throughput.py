@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from metricface.training.interrupt import StoppedError
 from metricface.training.throughput import Waiting, bare_images_per_second
 
 
@@ -16,6 +17,41 @@ def test_the_share_of_waiting_is_of_the_time_since_it_was_asked_for_last() -> No
     assert 0.4 <= waiting.share(10.1) < 4.0
     assert waiting.share(10.2) == 0.0
     assert waiting.share(10.2) == pytest.approx(0.0)  # no time has passed
+
+
+class Slow(nn.Module):
+    """A network whose every pass takes so long, by the clock that it moves on itself."""
+
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.seconds, self.passes = seconds, CLOCK
+        CLOCK.clear()
+        monkeypatch.setattr(time, "perf_counter", lambda: seconds * len(CLOCK))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        CLOCK.append(self.seconds)
+        return images.mean(dim=(2, 3)) * self.weight
+
+
+CLOCK: list[float] = []  # passes so far: the network that is measured is a copy
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(0.01, 8), (3.0, 4), (60.0, 2)])
+def test_slow_networks_are_measured_in_fewer_passes(
+    seconds: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = bare_images_per_second(Slow(seconds, monkeypatch), 4, (3, 8, 8), torch.device("cpu"), torch.float32)
+    assert found == pytest.approx(4 / seconds)
+    assert len(CLOCK) == passes
+
+
+def test_measuring_a_slow_network_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, cpu, plain = (3, 8, 8), torch.device("cpu"), torch.float32
+    with pytest.raises(StoppedError):
+        bare_images_per_second(Slow(2.0, monkeypatch), 4, shape, cpu, plain, stopped=lambda: True)
+    assert len(CLOCK) == 1
+    bare_images_per_second(Slow(0.01, monkeypatch), 4, shape, cpu, plain, stopped=lambda: True)
 
 
 def test_measuring_leaves_the_network_untouched() -> None:
