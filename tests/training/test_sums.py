@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,8 +112,8 @@ def test_heads_start_from_class_means_of_the_network_as_it_stands_and_only_once(
     seen: list[tuple[StageRun, float]] = []
     real = stages.start_from_class_means
 
-    def watched(run: StageRun, people: People, model: torch.nn.Module, device: torch.device) -> None:
-        real(run, people, model, device)
+    def watched(run: StageRun, people: People, model: torch.nn.Module, device: torch.device, *stopped: Any) -> None:
+        real(run, people, model, device, *stopped)
         seen.append((run, run.clock.elapsed))
         rows = embed(model, people.training, device, unit=True)  # in the order of the set
         for part in (run.objective.parts["head"], run.objective.parts["second"]):
@@ -212,8 +213,8 @@ def test_class_means_reach_the_centres_and_heads_inside_losses_too(
     ]
     real, seen = stages.start_from_class_means, []
 
-    def watched(run: StageRun, people: People, model: torch.nn.Module, device: torch.device) -> None:
-        real(run, people, model, device)
+    def watched(run: StageRun, people: People, model: torch.nn.Module, device: torch.device, *stopped: Any) -> None:
+        real(run, people, model, device, *stopped)
         rows = torch.from_numpy(embed(model, people.training, device, unit=False))
         labels = torch.from_numpy(people.training.labels)
         means = torch.stack([rows[labels == c].mean(dim=0) for c in range(int(labels.max()) + 1)])
