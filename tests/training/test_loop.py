@@ -25,6 +25,7 @@ from metricface.training.recipe import Component, Recipe, Watch
 from metricface.training.run import Moment, Run
 from metricface.training.schedules import Decay
 from metricface.training.stages import TrainingDivergedError
+from tests.training.conftest import tiny_recipe
 
 
 def quiet(_: str) -> None:
@@ -45,6 +46,12 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The tiny recipe, run without an interruption."""
+    return train(tiny_recipe(), tmp_path_factory.mktemp("straight") / "run", say=quiet)
 
 
 def test_a_run_leaves_report_checkpoint_curves_and_an_embedder(recipe: Recipe, tmp_path: Path) -> None:
@@ -70,22 +77,21 @@ def test_the_three_sets_of_people_are_disjoint(recipe: Recipe, tmp_path: Path) -
     assert len(names) == len(set(names)) == 40
 
 
-def test_the_same_recipe_gives_the_same_weights(recipe: Recipe, tmp_path: Path) -> None:
-    assert_same(weights(train(recipe, tmp_path / "a", say=quiet)), weights(train(recipe, tmp_path / "b", say=quiet)))
+def test_the_same_recipe_gives_the_same_weights(recipe: Recipe, straight: Run, tmp_path: Path) -> None:
+    assert_same(weights(train(recipe, tmp_path / "again", say=quiet)), weights(straight))
 
 
 @pytest.mark.parametrize("steps", [0, 3, 6, 8])
 def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(
-    recipe: Recipe, tmp_path: Path, steps: int
+    recipe: Recipe, straight: Run, tmp_path: Path, steps: int
 ) -> None:
-    whole = train(recipe, tmp_path / "whole", say=quiet)
     stopped = train(recipe, tmp_path / "run", stopped=after(steps), say=quiet)
     assert stopped.interrupted
     assert not (tmp_path / "run" / "report.json").exists()
     resumed = train(recipe, tmp_path / "run", resume=True, say=quiet)
     assert not resumed.interrupted
-    assert_same(weights(whole), weights(resumed))
-    a, b = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "run"))
+    assert_same(weights(straight), weights(resumed))
+    a, b = (json.loads((run.folder / "report.json").read_text()) for run in (straight, resumed))
     assert a["final"] == b["final"]
 
 
@@ -160,9 +166,8 @@ def test_a_memory_goes_on_after_a_resume_with_what_it_held(recipe: Recipe, tmp_p
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 @pytest.mark.parametrize("steps", [3, 6, 9])
 def test_a_full_disk_ends_a_run_with_the_reason_and_its_last_checkpoint_goes_on(
-    recipe: Recipe, tmp_path: Path, steps: int
+    recipe: Recipe, straight: Run, tmp_path: Path, steps: int
 ) -> None:
-    whole = train(recipe, tmp_path / "whole", say=quiet)
     recipe.checkpoint_every = 1e-6
     asked = iter(range(10**6))
 
@@ -177,7 +182,7 @@ def test_a_full_disk_ends_a_run_with_the_reason_and_its_last_checkpoint_goes_on(
         train(recipe, tmp_path / "run", stopped=filling, say=quiet)
     for left in (tmp_path / "run" / "checkpoints").glob(".*"):
         left.unlink()  # room is made
-    assert_same(weights(whole), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
+    assert_same(weights(straight), weights(train(recipe, tmp_path / "run", resume=True, say=quiet)))
 
 
 def test_a_run_does_not_go_on_with_other_images(recipe: Recipe, tmp_path: Path) -> None:
@@ -697,21 +702,21 @@ def test_after_a_regression_a_stage_goes_back_and_on_at_a_lower_learning_rate(
 
 
 @pytest.mark.parametrize("on_regression", ["go_back", "stop"])
-@pytest.mark.parametrize("steps", [9, 10, 11])  # before, at and after the look
 def test_a_watched_stage_resumes_to_the_weights_of_an_uninterrupted_one(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_regression: Any, steps: int
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_regression: Any
 ) -> None:
     recipe.stages[1].watch = Watch(at=[0.3], on_regression=on_regression)
     recipe.stages[1].average = 0.9
     figures = [0.1, 0.6, 0.5, 0.4, 0.9, 0.8]  # at the look and at the end, of the weights and of their average
     scripted_figures(monkeypatch, figures)
     whole = train(recipe, tmp_path / "whole", say=quiet)
-    monkeypatch.undo()
-    scripted_figures(monkeypatch, figures)
-    train(recipe, tmp_path / "run", stopped=after(steps), say=quiet)
-    resumed = train(recipe, tmp_path / "run", resume=True, say=quiet)
-    assert_same(weights(whole), weights(resumed))
-    assert whole.stage_reports[1]["steps"] == resumed.stage_reports[1]["steps"]
+    for steps in (9, 10, 11):  # before, at and after the look
+        monkeypatch.undo()
+        scripted_figures(monkeypatch, figures)
+        train(recipe, tmp_path / str(steps), stopped=after(steps), say=quiet)
+        resumed = train(recipe, tmp_path / str(steps), resume=True, say=quiet)
+        assert_same(weights(whole), weights(resumed))
+        assert whole.stage_reports[1]["steps"] == resumed.stage_reports[1]["steps"]
 
 
 def test_a_first_stage_from_random_weights_is_not_watched(recipe: Recipe, tmp_path: Path) -> None:

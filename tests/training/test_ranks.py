@@ -427,7 +427,7 @@ def per_rank(loss: str) -> dict[str, Any]:
     return {"mining": "per_rank", "stages": stages}
 
 
-@pytest.mark.parametrize("loss", ["CenterLoss", "MarginBasedLoss"])
+@pytest.mark.parametrize("loss", ["CenterLoss", pytest.param("MarginBasedLoss", marks=pytest.mark.slow)])
 def test_per_rank_mining_trains_alike_on_all_ranks_resumes_and_says_what_it_costs(tmp_path: Path, loss: str) -> None:
     first, second = on_ranks(2, train_on_ranks, str(tmp_path / "whole"), per_rank(loss))
     assert_same(second[0], first[0], exactly=True)
