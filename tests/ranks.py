@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A server that has torch imported and forks: a spawned process would import it anew, and pytest's own has threads.
+# A server that has all of it imported and forks: a spawned process would import it anew, and pytest's own has threads.
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["numpy", "pytest", "torch", "torch.distributed", "torch._dynamo"])
+START.set_forkserver_preload(["pytest", "torch.distributed", "torch._dynamo", "metricface.training.loop"])
 SECONDS = 120
 
 
