@@ -797,7 +797,9 @@ def test_a_network_is_compiled_for_this_machine(recipe: Recipe, tmp_path: Path) 
     recipe.compile = False
     plain = train(recipe, tmp_path / "plain", say=quiet)
     for name, value in weights(plain).items():
-        torch.testing.assert_close(weights(made)[name], value, rtol=1e-2, atol=1e-4, msg=name)
+        # Roundings grow over the steps: beside the largest of a tensor they are small, beside one near 0 they are not.
+        largest = value.abs().max().item()
+        torch.testing.assert_close(weights(made)[name], value, rtol=0.0, atol=1e-2 * largest, msg=name)
 
 
 def test_a_collapse_is_named_in_the_notes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
