@@ -341,15 +341,15 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
     So a wrong name, a wrong size and parts that do not go together are found before the first stage, and are not taken
     for the divergence of a later one.
     """
+    before: SumObjective | None = None
     for index, stage in enumerate(recipe.stages):
         try:
-            batches = _rehearsed_sampler(stage, images, recipe)
+            batches = sampler(stage, images, recipe.seed, rank=rank(), world_size=world_size())
             look_alikes(stage, batches, images, recipe.data.workers, torch.device("cpu"))
             goal = objective(stage, recipe, len(images.identities), batches, faded(recipe, index))
-            if stage.keep_head:
-                before = recipe.stages[index - 1]
-                known = objective(before, recipe, len(images.identities), _rehearsed_sampler(before, images, recipe))
-                goal.go_on_with(known.state_dict(), stage.kept_heads(before))
+            if stage.keep_head and before is not None:
+                goal.go_on_with(before.state_dict(), stage.kept_heads(recipe.stages[index - 1]))
+            before = goal
             for progress in (0.0, 1.0) if stage.fade else (0.0,):
                 goal.follow(progress)
                 goal(*_rehearsed(_given_pairs(recipe, batches), recipe.model.embedding_dim))
@@ -361,10 +361,6 @@ def rehearse(recipe: Recipe, images: ImageSet) -> None:
             raise ValueError(
                 f"Stage {stage.name!r}: {error}{hint if 'identities_per_batch' in str(error) else ''}"
             ) from error
-
-
-def _rehearsed_sampler(stage: Stage, images: ImageSet, recipe: Recipe) -> Sampler:
-    return sampler(stage, images, recipe.seed, rank=rank(), world_size=world_size())
 
 
 def _rehearsed(pairs: GivenPairs | None, embedding_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

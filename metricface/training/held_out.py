@@ -19,6 +19,7 @@ from metricface.training import ranks
 from metricface.training.interrupt import StoppedError, never
 
 BATCH = 256
+UNREADABLE_ELSEWHERE = "Another rank could not read an image, and says which."
 
 Figures = dict[str, float | int | None]
 
@@ -111,12 +112,8 @@ def _shared(
         embeddings = _embed(model, images, own, device, unit, stopped)
     except (StoppedError, UnreadableImageError) as error:
         failed = error
-    for kind, what in (
-        (UnreadableImageError, "Another rank could not read an image, and says which."),
-        (StoppedError, "Another rank was asked to stop."),
-    ):
-        if ranks.any_of(isinstance(failed, kind)):
-            raise failed if isinstance(failed, kind) else kind(what)
+    ranks.raise_together(failed, UnreadableImageError, UNREADABLE_ELSEWHERE)
+    ranks.raise_together(failed, StoppedError, "Another rank was asked to stop.")
     assert embeddings is not None
     return gather_plain(embeddings)
 

@@ -66,6 +66,12 @@ def any_of(flag: bool) -> bool:
     return beat(0.0, flag).stop
 
 
+def raise_together(failed: Exception | None, kind: type[Exception], elsewhere: str) -> None:
+    """Where a rank has failed in this way, raise on all: `failed` on those that have, kind(elsewhere) on the others."""
+    if any_of(isinstance(failed, kind)):
+        raise failed if failed is not None and isinstance(failed, kind) else kind(elsewhere)
+
+
 def from_first(value: T) -> T:
     """The first rank's value, on every rank."""
     if world_size() == 1:

@@ -18,7 +18,7 @@ from metricface.distributed import gather, gather_plain, world_size
 from metricface.heads.partial_fc import PartialFC, heads_in
 from metricface.losses import CenterLoss, ContrastiveCenterLoss
 from metricface.training import assemble, batches, ranks
-from metricface.training.held_out import embed
+from metricface.training.held_out import UNREADABLE_ELSEWHERE, embed
 from metricface.training.interrupt import never
 from metricface.training.look_alikes import ClassWeights, NoTableError
 from metricface.training.objective import SumObjective
@@ -200,11 +200,11 @@ def _next(endless: Iterator[ImageBatch], run: StageRun, *, exchange: bool) -> Im
     except NoTableError as error:  # on all ranks
         raise _without_table(run, error) from error
     except UnreadableImageError as error:
+        if not exchange:
+            raise
         failed = error
-    if exchange and ranks.any_of(failed is not None) and failed is None:
-        failed = UnreadableImageError("Another rank could not read an image, and says which.")
-    if failed is not None:
-        raise failed
+    if exchange:
+        ranks.raise_together(failed, UnreadableImageError, UNREADABLE_ELSEWHERE)
     assert batch is not None
     return batch
 

@@ -19,22 +19,22 @@ def test_the_share_of_waiting_is_of_the_time_since_it_was_asked_for_last() -> No
     assert waiting.share(10.2) == pytest.approx(0.0)  # no time has passed
 
 
+CLOCK: list[float] = []  # passes so far: the network that is measured is a copy
+
+
 class Slow(nn.Module):
     """A network whose every pass takes so long, by the clock that it moves on itself."""
 
     def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3))
-        self.seconds, self.passes = seconds, CLOCK
+        self.seconds = seconds
         CLOCK.clear()
         monkeypatch.setattr(time, "perf_counter", lambda: seconds * len(CLOCK))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         CLOCK.append(self.seconds)
         return images.mean(dim=(2, 3)) * self.weight
-
-
-CLOCK: list[float] = []  # passes so far: the network that is measured is a copy
 
 
 @pytest.mark.parametrize(("seconds", "passes"), [(0.01, 8), (3.0, 4), (60.0, 2)])
