@@ -799,7 +799,7 @@ def test_a_network_is_compiled_for_this_machine(recipe: Recipe, tmp_path: Path) 
     for name, value in weights(plain).items():
         # Roundings grow over the steps: beside the largest of a tensor they are small, beside one near 0 they are not.
         largest = value.abs().max().item()
-        torch.testing.assert_close(weights(made)[name], value, rtol=0.0, atol=1e-2 * largest, msg=name)
+        torch.testing.assert_close(weights(made)[name], value, rtol=0.0, atol=5e-3 * largest, msg=name)
 
 
 def test_a_collapse_is_named_in_the_notes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
